@@ -1,0 +1,228 @@
+"""A recipe says how to prune, on independent axes; what can be combined stands in one table, RULES."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from secateur.errors import SecateurError
+from secateur.weights.allocation import ALLOCATIONS
+from secateur.weights.criteria import CRITERIA
+from secateur.weights.granularity import Granularity, parse
+from secateur.weights.update import UPDATES
+
+
+class Part(BaseModel):
+    """A part of a recipe: unknown keys are errors, values do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Threshold(Part):
+    """Weights below it go: |w| < absolute, or |w| < sigma standard deviations of the layer's weights."""
+
+    absolute: float | None = Field(None, gt=0)
+    sigma: float | None = Field(None, gt=0)
+
+
+class Calibration(Part):
+    """samples windows of length tokens. source: a text, JSONL or tensor file; None is the text that ships."""
+
+    source: Path | None = None
+    field: str | None = None
+    samples: int = Field(64, ge=1)
+    length: int = Field(512, ge=2)
+
+
+class Override(Part):
+    """Other settings for the layers whose names match a glob; a later override wins."""
+
+    match: str
+    sparsity: float | None = Field(None, ge=0, lt=1)
+    threshold: Threshold | None = None
+    granularity: str | None = None
+    criterion: str | None = None
+    update: str | None = None
+
+
+class Recipe(Part):
+    """How to prune. Each axis is independent of the others as far as RULES allow.
+
+    sparsity is the share removed, in [0, 1); damp is relative to the mean of the Gram matrix's diagonal.
+    """
+
+    criterion: str = "wanda"
+    granularity: str = "layer"
+    sparsity: float | None = Field(None, ge=0, lt=1)
+    threshold: Threshold | None = None
+    allocation: str = "uniform"
+    update: str = "admm"
+    damp: float = Field(0.01, gt=0, le=10)
+    protect: tuple[str, ...] = ()
+    include: tuple[str, ...] = ()
+    overrides: tuple[Override, ...] = ()
+    calibration: Calibration = Calibration()
+    probes: int = Field(4, ge=1, description="Rademacher probes per batch for the curvature of `obd`")
+    seed: int = 0
+    dtype: str = "auto"
+
+    def model_post_init(self, _context: Any) -> None:
+        check(self)
+
+    def needs(self) -> frozenset[str]:
+        """Statistics that the recipe reads; empty when it never runs data."""
+        axes = [(self.criterion, self.update)] + [
+            (o.criterion or self.criterion, o.update or self.update) for o in self.overrides
+        ]
+        found = frozenset().union(*(CRITERIA[c].needs | UPDATES[u].needs for c, u in axes))
+        return found | {"squares"} if self.allocation == "owl" else found
+
+
+class Rule(NamedTuple):
+    """What may not be combined: `broken` tells, `why` explains and names the way out."""
+
+    title: str
+    broken: Callable[[Recipe, Granularity], bool]
+    why: str
+
+
+RULES: tuple[Rule, ...] = (
+    Rule(
+        "how much to remove is said once",
+        lambda r, g: g.kind != "n:m" and (r.sparsity is None) == (r.threshold is None),
+        "give either a sparsity (--sparsity 0.5), a threshold, or an N:M pattern (--pattern 2:4)",
+    ),
+    Rule(
+        "an N:M pattern fixes the sparsity",
+        lambda r, g: g.kind == "n:m" and r.sparsity is not None and abs(r.sparsity - (1 - g.n / g.m)) > 1e-9,
+        "the pattern N:M keeps N of every M weights, so its sparsity is 1 - N/M: leave --sparsity out",
+    ),
+    Rule(
+        "an N:M pattern takes no threshold",
+        lambda r, g: g.kind == "n:m" and r.threshold is not None,
+        "a threshold decides how many weights go, and so does the pattern: drop one of them",
+    ),
+    Rule(
+        "a threshold is on |w|",
+        lambda r, g: r.threshold is not None and r.criterion != "magnitude",
+        "a threshold compares |w|: use it with the criterion magnitude (--method magnitude)",
+    ),
+    Rule(
+        "a threshold is absolute or in sigmas",
+        lambda r, g: r.threshold is not None and (r.threshold.absolute is None) == (r.threshold.sigma is None),
+        "a threshold has one of: absolute, sigma",
+    ),
+    Rule(
+        "an allocation needs a sparsity to distribute",
+        lambda r, g: r.allocation != "uniform" and r.sparsity is None,
+        "a threshold and an N:M pattern already say how much goes from each layer: use the allocation uniform",
+    ),
+    Rule(
+        "allocations by score need scores that compare",
+        lambda r, g: r.allocation in ("global", "lamp") and r.criterion == "random",
+        "scores of the criterion random do not compare layers: use the allocation uniform",
+    ),
+)
+
+
+def check(recipe: Recipe) -> None:
+    """Raise SecateurError for a name that does not exist or a combination that RULES exclude."""
+    named = [("criterion", recipe.criterion, CRITERIA), ("update", recipe.update, UPDATES)]
+    named += [("allocation", recipe.allocation, ALLOCATIONS)]
+    for override in recipe.overrides:
+        named += [("criterion", override.criterion, CRITERIA), ("update", override.update, UPDATES)]
+        if override.granularity is not None:
+            parse(override.granularity)
+    for axis, value, known in named:
+        if value is not None and value not in known:
+            raise SecateurError(f"unknown {axis} {value!r}{_nearest(value, known)}; known: {', '.join(known)}")
+    if recipe.dtype not in DTYPES:
+        raise SecateurError(f"unknown dtype {recipe.dtype!r}; known: {', '.join(DTYPES)}")
+    granularity = parse(recipe.granularity)
+    for rule in RULES:
+        if rule.broken(recipe, granularity):
+            raise SecateurError(f"recipe: {rule.why}")
+
+
+DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+
+
+def _nearest(word: str, known: Any) -> str:
+    close = difflib.get_close_matches(word, list(known), 1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+METHODS: dict[str, dict[str, Any]] = {
+    "admm": {"criterion": "wanda", "granularity": "layer", "update": "admm"},
+    "sparsegpt": {"criterion": "obs", "granularity": "layer", "update": "sparsegpt"},
+    "wanda": {"criterion": "wanda", "granularity": "per-row", "update": "none"},
+    "wanda-refit": {"criterion": "wanda", "granularity": "per-row", "update": "refit"},
+    "ria": {"criterion": "ria", "granularity": "layer", "update": "none"},
+    "magnitude": {"criterion": "magnitude", "granularity": "layer", "update": "none"},
+    "global-magnitude": {"criterion": "magnitude", "granularity": "layer", "update": "none", "allocation": "global"},
+    "lamp": {"criterion": "magnitude", "granularity": "layer", "update": "none", "allocation": "lamp"},
+    "owl": {"criterion": "wanda", "granularity": "per-row", "update": "none", "allocation": "owl"},
+    "obs": {"criterion": "obs", "granularity": "layer", "update": "none"},
+    "obd": {"criterion": "obd", "granularity": "layer", "update": "none"},
+    "fisher": {"criterion": "fisher", "granularity": "layer", "update": "none"},
+    "taylor": {"criterion": "taylor", "granularity": "layer", "update": "none"},
+    "random": {"criterion": "random", "granularity": "layer", "update": "none"},
+}
+DEFAULT_METHOD = "admm"
+
+
+def method(name: str, **changes: Any) -> Recipe:
+    """A named recipe, with changes: method("sparsegpt", granularity="2:4"). Raises SecateurError."""
+    if name not in METHODS:
+        raise SecateurError(f"unknown method {name!r}{_nearest(name, METHODS)}; known: {', '.join(METHODS)}")
+    return validate(Recipe, METHODS[name] | changes)
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def validate(kind: type[Model], values: Mapping[str, Any], where: str = "recipe") -> Model:
+    """Build a model of the recipe, or raise one SecateurError that names the key, what was found and what is known."""
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        raise SecateurError("\n  ".join(f"{where}: {_explain(kind, e)}" for e in error.errors())) from None
+
+
+def _explain(kind: type[BaseModel], error: Any) -> str:
+    path = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        known = _fields(kind, error["loc"][:-1])
+        return f"unknown key {path!r}{_nearest(str(error['loc'][-1]), known)}; known: {', '.join(known)}"
+    return f"{path} is {error['input']!r}: {error['msg'].lower()}"
+
+
+def _fields(kind: type[BaseModel], path: tuple[Any, ...]) -> list[str]:
+    parts = {"threshold": Threshold, "calibration": Calibration, "overrides": Override}
+    owner = next((parts[step] for step in reversed(path) if step in parts), kind)
+    return list(owner.model_fields)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises SecateurError when there is none."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SecateurError(f"no recipe at {path}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise SecateurError(f"cannot read {path}: {error}") from None
+    except yaml.YAMLError as error:
+        raise SecateurError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise SecateurError(f"{path}: expected a mapping of keys to values, found {type(values).__name__}")
+    return values
+
+
+def to_yaml(recipe: BaseModel) -> str:
+    """The recipe as YAML, defaults included, so that it can be edited and read back."""
+    return yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True), sort_keys=False)

@@ -1,0 +1,51 @@
+"""The repeated blocks of a model, found in its module tree: no list of architectures."""
+
+from __future__ import annotations
+
+from torch import nn
+
+MOST_TYPES = 3  # a list of blocks holds modules of few types (attention and Mamba blocks, dense and MoE blocks)
+LEAST_SHARE = 0.01  # of the parameters outside embeddings, held by one list
+LEAST_TOTAL = 0.2  # ... and by all lists together
+
+
+def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """Name -> block, in the order of registration; empty when the model has no repeated blocks.
+
+    Blocks are the members of the outermost `ModuleList`s and `Sequential`s that hold at least two modules, of few types,
+    each with two matrices or more. An encoder-decoder has two such lists, a vision-language model often too.
+    """
+    whole = _size(model, embeddings=False)
+    found: dict[str, nn.Module] = {}
+    _search(model, "", whole, found)
+    held = sum(_size(block, embeddings=False) for block in found.values())
+    return found if held >= LEAST_TOTAL * whole else {}
+
+
+def _search(module: nn.Module, prefix: str, whole: int, found: dict[str, nn.Module]) -> None:
+    for name, child in module.named_children():
+        path = f"{prefix}{name}"
+        if isinstance(child, (nn.ModuleList, nn.Sequential)) and _repeats(child, whole):
+            found.update({f"{path}.{key}": block for key, block in child.named_children() if _size(block)})
+        else:
+            _search(child, f"{path}.", whole, found)
+
+
+def _repeats(container: nn.Module, whole: int) -> bool:
+    members = [child for child in container.children() if _size(child)]
+    return (
+        len(members) >= 2
+        and len({type(member) for member in members}) <= MOST_TYPES
+        and all(_matrices(member) >= 2 for member in members)
+        and sum(_size(member, embeddings=False) for member in members) >= LEAST_SHARE * whole
+    )
+
+
+def _matrices(module: nn.Module) -> int:
+    return sum(parameter.ndim >= 2 for parameter in module.parameters())
+
+
+def _size(module: nn.Module, embeddings: bool = True) -> int:
+    tables = () if embeddings else (p for m in module.modules() if isinstance(m, nn.Embedding) for p in m.parameters())
+    skip = {id(table) for table in tables}
+    return sum(parameter.numel() for parameter in module.parameters() if id(parameter) not in skip)

@@ -1,0 +1,206 @@
+"""See what every weight of a block is multiplied with, whatever code does the multiplying.
+
+A `TorchDispatchMode` watches matrix products and convolutions for operands whose memory lies inside a watched
+parameter. That covers modules, functional calls, raw use of `.weight`, fused attention projections and stacked experts.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from secateur.weights.stats import Inputs
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A parameter, and the names of its matrices: one, or one per expert of a 3-D parameter (the leading dimension)."""
+
+    parameter: Tensor
+    names: Sequence[str]
+
+
+class Diverged(Exception):
+    """Two layers that shared an input stopped doing so; collect again with sharing off."""
+
+
+class Observer(TorchDispatchMode):
+    """Collects `Inputs` per matrix name while it is active. Call `next_call` before each call of the block.
+
+    Layers fed by the same tensor share one `Inputs`. transposed[name] tells where a matrix was used as x @ w, i.e. its
+    last dimension is the output.
+    """
+
+    def __init__(self, watched: Iterable[Watched], gram: bool, share: bool = True) -> None:
+        super().__init__()
+        self.inputs: dict[str, Inputs] = {}
+        self.transposed: dict[str, bool] = {}
+        self.gram, self.share = gram, share
+        self._ranges = sorted(
+            ((w.parameter.data_ptr(), w.parameter.nbytes, w) for w in watched if w.parameter.numel()),
+            key=lambda entry: entry[0],
+        )
+        self._starts = [start for start, _, _ in self._ranges]
+        self._members: dict[int, list[str]] = {}  # id of Inputs -> layers, in the order they came
+        self._seen: list[tuple[Any, Tensor, Inputs]] = []  # of this call: (key, tensor kept alive, where it went)
+        self._counts: dict[str, int] = {}
+        self._created: set[int] = set()
+
+    def next_call(self) -> None:
+        """Close the current call of the block; raises Diverged when sharing turned out to be wrong."""
+        for members in self._members.values():
+            if len({self._counts.get(name, 0) for name in members}) > 1:
+                raise Diverged
+        self._seen.clear()
+        self._counts.clear()
+        self._created.clear()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        look = _LOOKS.get(func)
+        if look is not None:
+            look(self, *args)
+        return func(*args, **(kwargs or {}))
+
+    def _find(self, operand: Tensor) -> tuple[Watched, int] | None:
+        """The watched parameter that holds the operand's memory, and the operand's offset in it, in bytes."""
+        pointer = operand.data_ptr()
+        index = bisect.bisect_right(self._starts, pointer) - 1
+        if index < 0:
+            return None
+        start, size, watched = self._ranges[index]
+        return (watched, pointer - start) if pointer < start + size else None
+
+    def product(self, left: Tensor, right: Tensor) -> None:
+        """left [n, k] @ right [k, m], or both with a batch dimension in front."""
+        for operand, other, weight_is_left in ((right, left, False), (left, right, True)):
+            found = self._find(operand)
+            if found is None:
+                continue
+            x = other.mT if weight_is_left else other  # [..., tokens, in]
+            contraction = operand.stride(-1 if weight_is_left else -2)
+            self._record(found, operand, x, contraction != 1)
+            return
+
+    def _record(self, found: tuple[Watched, int], operand: Tensor, x: Tensor, transposed: bool) -> None:
+        watched, offset = found
+        names, parameter = watched.names, watched.parameter
+        if len(names) == 1:
+            self._add(names[0], x.reshape(1, -1, x.shape[-1]), transposed)
+        elif operand.ndim == 3:
+            first = offset // (parameter[0].numel() * parameter.element_size())
+            for index in range(operand.shape[0]):
+                self._add(names[first + index], x[index][None], transposed)
+        else:
+            index = offset // (parameter[0].numel() * parameter.element_size())
+            self._add(names[index], x.reshape(1, -1, x.shape[-1]), transposed)
+
+    def convolution(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Any,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        transposed: bool,
+        output_padding: Any,
+        groups: int,
+    ) -> None:
+        found = self._find(weight)
+        if found is None or transposed:
+            return
+        for sample in x.split(max(1, (1 << 22) // max(1, x[0].numel() * weight[0, 0].numel()))):
+            patches = unfold(sample, weight.shape[2:], stride, padding, dilation, groups)
+            self._add(found[0].names[0], patches, False, fresh=True)
+
+    def _add(self, name: str, x: Tensor, transposed: bool, fresh: bool = False) -> None:
+        """x: [groups, tokens, in]."""
+        self.transposed[name] = transposed
+        if x.shape[1] == 0:
+            return
+        self._counts[name] = self._counts.get(name, 0) + 1
+        mine = self.inputs.get(name)
+        key = (x.data_ptr(), x.shape, x.stride(), x._version)
+        known = None if fresh or not self.share else next((into for k, _, into in self._seen if k == key), None)
+        if mine is None:
+            joins = known is not None and id(known) in self._created
+            mine = known if joins and known is not None else Inputs()
+            self.inputs[name] = mine
+            self._members.setdefault(id(mine), []).append(name)
+            if joins:
+                return
+            self._created.add(id(mine))
+        elif known is mine:
+            return
+        elif self._members[id(mine)][0] != name:
+            raise Diverged
+        self._seen.append((key, x, mine))
+        mine.add(x, self.gram)
+
+
+def _look_mm(observer: Observer, left: Tensor, right: Tensor, *_: Any) -> None:
+    observer.product(left, right)
+
+
+def _look_addmm(observer: Observer, bias: Tensor, left: Tensor, right: Tensor, *_: Any) -> None:
+    observer.product(left, right)
+
+
+def _look_mv(observer: Observer, matrix: Tensor, vector: Tensor, *_: Any) -> None:
+    observer.product(matrix, vector[:, None])
+
+
+_LOOKS: dict[Any, Callable[..., None]] = {
+    aten.mm.default: _look_mm,
+    aten.bmm.default: _look_mm,
+    aten.addmm.default: _look_addmm,
+    aten.baddbmm.default: _look_addmm,
+    aten.mv.default: _look_mv,
+    aten.convolution.default: Observer.convolution,
+}
+
+
+def unfold(
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """The patches that a convolution multiplies: x [n, channels, *space] -> [groups, n * places, channels/groups * k]."""
+    pads = [amount for p in reversed(list(padding)) for amount in (p, p)]
+    x = nn.functional.pad(x, pads)
+    for dim, (size, step, gap) in enumerate(zip(kernel, stride, dilation, strict=True)):
+        x = x.unfold(2 + dim, gap * (size - 1) + 1, step)[..., ::gap]
+    n, channels, spatial = x.shape[0], x.shape[1], len(kernel)
+    x = x.reshape(n, groups, channels // groups, *x.shape[2:])
+    places, taps = range(3, 3 + spatial), range(3 + spatial, 3 + 2 * spatial)
+    x = x.permute(1, 0, *places, 2, *taps)  # [groups, n, *places, channels/groups, *kernel]
+    return x.reshape(groups, -1, x.shape[2 + spatial :].numel())
+
+
+def collect(
+    run: Callable[[], Iterable[int]], watched: Sequence[Watched], gram: bool, each: Callable[[int], None] | None = None
+) -> tuple[dict[str, Inputs], dict[str, bool]]:
+    """Inputs per matrix name, and which matrices were used transposed. `run()` calls the block once per item."""
+    for share in (True, False):
+        observer = Observer(watched, gram, share)
+        try:
+            with observer:
+                for index in run():
+                    observer.next_call()
+                    if each is not None:
+                        each(index)
+            return observer.inputs, observer.transposed
+        except Diverged:
+            continue
+    raise AssertionError("unreachable: without sharing nothing diverges")

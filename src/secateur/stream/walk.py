@@ -1,0 +1,143 @@
+"""Walk calibration batches through a model block by block.
+
+The real forward of every batch runs in a greenlet of its own and is suspended at the entry of each block. Nothing is
+rebuilt or replayed between blocks: masks, rotary embeddings, caches, encoder and decoder stay the model's own business.
+(Threads would do as well, but each brings a malloc arena of its own.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from greenlet import GreenletExit, getcurrent, greenlet
+from torch import nn
+
+
+class Store(Protocol):
+    """Where a block's weights are when nobody needs them."""
+
+    def load(self, name: str, module: nn.Module) -> None: ...
+    def free(self, name: str, module: nn.Module) -> None: ...
+
+
+class Resident:
+    """Weights that are always there."""
+
+    def load(self, name: str, module: nn.Module) -> None: ...
+    def free(self, name: str, module: nn.Module) -> None: ...
+
+
+@dataclass(frozen=True)
+class Call:
+    """One batch, waiting at the entry of a block."""
+
+    batch: int
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Visit:
+    """A block, and the calls that wait for it. The block's weights are there while the visit lasts."""
+
+    name: str
+    module: nn.Module
+    calls: Sequence[Call]
+
+    def replay(self, without: Collection[int] = ()) -> Iterator[int]:
+        """Run the block on the waiting calls, one after the other, and drop the outputs. without: batches to skip."""
+        for call in self.calls:
+            if call.batch not in without:
+                self.module(*call.args, **call.kwargs)
+                yield call.batch
+
+
+@dataclass
+class _Traveler:
+    batch: int
+    greenlet: greenlet
+    at: str | None = None
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] | None = None
+
+
+class Stopped(Exception):
+    """A batch finished without entering any block: the forward does not call them as modules."""
+
+
+def walk(
+    forward: Callable[[Any], Any],
+    blocks: Mapping[str, nn.Module],
+    batches: Sequence[Any],
+    store: Store | None = None,
+    finish: Callable[[int, Any], None] | None = None,
+    to_the_end: Collection[int] = (),
+) -> Iterator[Visit]:
+    """Yield a visit per block. What the caller does to the block's weights is seen by all later blocks.
+
+    forward: one batch -> the model's output. Batches in `to_the_end` run to the end, and finish gets (batch index,
+    output); the others are abandoned after the last block, and what follows it (the output head) is never computed.
+    A block entered a second time (shared blocks) runs with the weights it then has. Gradients are off throughout.
+    """
+    store = store or Resident()
+    order = {name: index for index, name in enumerate(blocks)}
+    hub = getcurrent()
+    done: set[str] = set()
+    loaded: set[str] = set()
+
+    def enter(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if getcurrent() is not hub:
+                hub.switch(name, args, kwargs)
+
+        return hook
+
+    hooks = [module.register_forward_pre_hook(enter(name), with_kwargs=True) for name, module in blocks.items()]
+    travelers: list[_Traveler] = []
+    with torch.no_grad():
+        try:
+            travelers = [_Traveler(index, greenlet(forward)) for index in range(len(batches))]
+            for traveler in travelers:
+                _advance(traveler, finish, batches[traveler.batch])
+            while waiting := [traveler for traveler in travelers if traveler.at is not None]:
+                name = min((t.at for t in waiting if t.at is not None), key=order.__getitem__)
+                here = [traveler for traveler in waiting if traveler.at == name]
+                module = blocks[name]
+                store.load(name, module)
+                loaded.add(name)
+                if name not in done:
+                    done.add(name)
+                    yield Visit(name, module, [Call(t.batch, t.args, t.kwargs or {}) for t in here])
+                last = len(done) == len(blocks)
+                for traveler in here:
+                    if last and traveler.batch not in to_the_end:
+                        traveler.at = None
+                    else:
+                        _advance(traveler, finish)
+                store.free(name, module)
+                loaded.discard(name)
+            if batches and not done:
+                raise Stopped
+        finally:
+            for traveler in travelers:
+                if not traveler.greenlet.dead:
+                    traveler.greenlet.throw(GreenletExit)
+            for hook in hooks:
+                hook.remove()
+            for name in loaded:
+                store.free(name, blocks[name])
+
+
+def _advance(traveler: _Traveler, finish: Callable[[int, Any], None] | None, *start: Any) -> None:
+    """Let a batch run on to its next block, or to the end of its forward."""
+    traveler.args, traveler.kwargs = (), None
+    result = traveler.greenlet.switch(*start)
+    if traveler.greenlet.dead:
+        traveler.at = None
+        if finish is not None:
+            finish(traveler.batch, result)
+    else:
+        traveler.at, traveler.args, traveler.kwargs = result

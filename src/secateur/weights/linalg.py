@@ -1,0 +1,84 @@
+"""Factorisations that always end: damping escalates by itself."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from secateur.errors import SecateurError
+
+
+def damped_(matrix: Tensor, damp: float) -> Tensor:
+    """Add damp * mean(diagonal) to the diagonal, in place; dead inputs get 1 first. matrix: [n, n]."""
+    diagonal = matrix.diagonal()
+    diagonal[diagonal == 0] = 1
+    diagonal += damp * diagonal.mean()
+    return matrix
+
+
+def inverse_factor(gram: Tensor, damp: float) -> tuple[Tensor, float]:
+    """Upper R with R'R = (gram + damping)^-1, and the relative damping that it took.
+
+    With J the reversal of the index order and L = chol(J H J), R = (J L J)^-1: one Cholesky factorisation and one
+    triangular inverse, half the flops of factorise, invert, factorise again. gram: [n, n] float32, left as it is.
+    Raises SecateurError when the Gram matrix is not finite.
+    """
+    while True:
+        flipped = damped_(gram.flip(0, 1), damp)
+        lower, info = torch.linalg.cholesky_ex(flipped)
+        del flipped
+        if info == 0 and bool(torch.isfinite(lower.diagonal()).all()):
+            invert_lower_(lower)
+            if bool(torch.isfinite(lower.diagonal()).all()) and float(lower.abs().amax()) < 1e18:
+                return flip_(lower), damp
+        if not bool(torch.isfinite(gram.diagonal()).all()) or damp > 1e3:
+            raise SecateurError("the Gram matrix of the calibration inputs has NaN or Inf values")
+        damp = max(damp * 10, 1e-6)
+
+
+def spectrum(gram: Tensor, damp: float) -> tuple[Tensor, Tensor, Tensor, float]:
+    """Scale a Gram matrix to a unit diagonal and decompose it: (norm [n], eigenvalues + damping [n], eigenvectors
+    [n, n], the damping). norm is the root of the diagonal, 1 where an input was never non-zero.
+    """
+    diagonal = gram.diagonal()
+    norm = torch.where(diagonal > 0, diagonal, 1).sqrt()
+    scaled = gram / norm / norm[:, None]
+    if not bool(torch.isfinite(scaled).all()):
+        raise SecateurError("the Gram matrix of the calibration inputs has NaN or Inf values")
+    scaled.diagonal()[diagonal <= 0] = 1
+    try:
+        values, vectors = torch.linalg.eigh(scaled)
+    except torch.linalg.LinAlgError:  # did not converge in float32
+        values, vectors = (part.float() for part in torch.linalg.eigh(scaled.double()))
+    while float(values[0]) + damp < 1e-5:  # rounding can leave small negative eigenvalues
+        damp = max(damp * 10, 1e-5)
+    return norm, values + damp, vectors, damp
+
+
+def flip_(matrix: Tensor) -> Tensor:
+    """Reverse the order of both indices, in place and row by row: [n, n]."""
+    n = matrix.shape[0]
+    half, chunk = n // 2, 256
+    for start in range(0, half, chunk):
+        stop = min(start + chunk, half)
+        upper = matrix[start:stop].flip(0, 1)
+        matrix[start:stop] = matrix[n - stop : n - start].flip(0, 1)
+        matrix[n - stop : n - start] = upper
+    if n % 2:
+        matrix[half] = matrix[half].flip(0)
+    return matrix
+
+
+def invert_lower_(lower: Tensor, leaf: int = 256) -> Tensor:
+    """Invert a lower triangular matrix in place, by halves: almost all of the work is matrix products. [n, n]."""
+    n = lower.shape[0]
+    if n <= leaf:
+        eye = torch.eye(n, dtype=lower.dtype, device=lower.device)
+        lower.copy_(torch.linalg.solve_triangular(lower, eye, upper=False))
+        return lower
+    half = (n // 2 + leaf - 1) // leaf * leaf if n > 2 * leaf else n // 2
+    first, corner, second = lower[:half, :half], lower[half:, :half], lower[half:, half:]
+    invert_lower_(first, leaf)
+    invert_lower_(second, leaf)
+    corner.copy_(second @ corner @ first).neg_()
+    return lower
