@@ -1,0 +1,9 @@
+"""Prune neural networks: smaller, verified, reloadable in stock libraries."""
+
+from secateur._version import __version__
+from secateur.errors import SecateurError
+from secateur.pipeline import prune
+from secateur.prune import Report, prune_
+from secateur.recipe import Recipe, method
+
+__all__ = ["Recipe", "Report", "SecateurError", "__version__", "method", "prune", "prune_"]

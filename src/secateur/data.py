@@ -113,6 +113,22 @@ def calibration(
     return _data(batches, description, vocab_size)
 
 
+def holdout(
+    source: str | Path | None, tokenizer: Tokenizer, *, samples: int, length: int, count: int, field: str | None = None
+) -> list[Tensor]:
+    """Up to `count` windows of a text that `calibration` with seed None does not take: [1, length] int64 each.
+
+    Evenly spaced among the windows that are left; none when calibration takes them all.
+    """
+    text, note = bundled_text() if source is None else load_text(Path(source), field)
+    ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)
+    whole = len(ids) // length
+    taken = set(_choose(whole, samples, None)) if samples else set()
+    free = [index for index in range(whole) if index not in taken]
+    chosen = [free[place] for place in _choose(len(free), min(count, len(free)), None)]
+    return [torch.tensor([ids[index * length : (index + 1) * length]]) for index in chosen]
+
+
 def from_iterable(batches: Iterable[Any], limit: int | None) -> Data:
     """The first `limit` batches (None: all) of anything that yields batches, such as a DataLoader; consumed once.
 

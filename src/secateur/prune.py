@@ -60,6 +60,9 @@ class Report:
     calibration: str = "none"
     data_digest: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
+    measures: dict[str, Any] = field(default_factory=dict)
+    verified: dict[str, Any] = field(default_factory=dict)
+    peak_memory: int = 0
 
     @property
     def sparsity(self) -> float:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from secateur.errors import SecateurError
 from secateur.stream.checkpoint import DTYPES, Checkpoint, open_checkpoint, read_json
-from secateur.stream.naming import Group, Naming
+from secateur.stream.naming import Group, Naming, Read
 
 HEAVY = 32 << 20  # bytes: tables outside the blocks larger than this are loaded when they are called
 NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".py")
@@ -30,6 +30,8 @@ class Source:
         self.dtype = compute_dtype(dtype, self.stored, self.device)
         self.model = build(folder, self.dtype)
         self.naming = Naming(self.model, self.checkpoint.entries)
+        self._stored_dtypes: dict[str, torch.dtype] = {}
+        self._lazy: dict[str, nn.Module] = {}
         self._check_complete()
 
     def other_files(self) -> list[str]:
@@ -43,18 +45,26 @@ class Source:
             and path.name not in ("README.md", "secateur.json")
         )
 
-    def load(self, prefix: str, verify: bool = True) -> None:
-        """Fill the parameters and buffers below a module from the checkpoint."""
+    def load(self, prefix: str, read: Read | None = None) -> None:
+        """Fill the parameters and buffers below a module from the checkpoint, or from what `read` gives."""
         for group in self.naming.within(prefix):
-            self._fill(group, verify)
+            self._fill(group, read)
+        if not prefix:
+            self._tie()
+
+    def stored_dtype(self, parameter: str) -> torch.dtype:
+        """What the checkpoint stores a parameter as."""
+        return self._stored_dtypes[parameter]
 
     def load_outside(self, blocks: Mapping[str, nn.Module]) -> None:
         """Fill everything that is in no block; heavy tables only when they are called, the output head not at all."""
+        if "" in blocks:
+            return
         inside = tuple(f"{name}." for name in blocks)
-        lazy = self._heavy_tables(inside) if blocks else {}
+        lazy = self._heavy_tables(inside)
         for group in self.naming.groups.values():
             if not group.key.startswith(inside) and group.key.rpartition(".")[0] not in lazy:
-                self._fill(group, False)
+                self._fill(group, None)
         self._tie()
         for name, module in lazy.items():
             module.register_forward_pre_hook(lambda _module, _args, name=name: self._load_table(name))
@@ -62,7 +72,7 @@ class Source:
 
     def free_tables(self) -> None:
         """Drop heavy tables until they are called again."""
-        for module in getattr(self, "_lazy", {}).values():
+        for module in self._lazy.values():
             empty(module)
 
     def parameters(self, prefix: str, names: set[str]) -> dict[str, Tensor]:
@@ -78,11 +88,12 @@ class Source:
     def _members(self, group: Group) -> set[str]:
         return set(self.naming.assemble(group, self.checkpoint.read))
 
-    def _fill(self, group: Group, verify: bool) -> None:
-        made = self.naming.assemble(group, self.checkpoint.read)
-        if verify:
+    def _fill(self, group: Group, read: Read | None) -> None:
+        made = self.naming.assemble(group, read or self.checkpoint.read)
+        if read is None:
             self.naming.verify(group, made, self.checkpoint.read)
         for name, tensor in made.items():
+            self._stored_dtypes[name] = tensor.dtype
             self._set(name, tensor)
 
     def _set(self, name: str, tensor: Tensor) -> None:
@@ -214,11 +225,11 @@ def build(folder: Path, dtype: torch.dtype) -> nn.Module:
             f"transformers cannot build {architecture} from {folder / 'config.json'}: {error}"
         ) from None
     if hasattr(model, "set_experts_implementation"):
-        _eager_experts(model)
+        eager_experts(model)
     return model.eval().requires_grad_(False)
 
 
-def _eager_experts(model: Any) -> None:
+def eager_experts(model: Any) -> None:
     """Have stacked experts multiplied one by one, so that each one's inputs can be seen."""
     try:
         model.set_experts_implementation("eager")
