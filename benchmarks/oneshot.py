@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, SHARED, append, machine, rows
 
+from common import RESULTS, SHARED, append, machine, rows
 from secateur import method, prune
 from secateur.data import load_text, windows
 from secateur.measure.quality import token_losses
@@ -95,7 +95,7 @@ def table(results: Path) -> str:
         gpt = reference.get("sparsegpt:" + cell.partition(":")[2])
         ratio = f"{value / peer:.4f}" if peer else ""
         share = f"{(math.log(value) - dense) / (math.log(gpt) - dense):.3f}" if gpt else ""
-        lines.append(f"| {cell} | {value:.2f} | {peer and round(peer, 2) or ''} | {ratio} | {share} |")
+        lines.append(f"| {cell} | {value:.2f} | {(peer and round(peer, 2)) or ''} | {ratio} | {share} |")
     return "\n".join(lines)
 
 

@@ -18,7 +18,7 @@ from secateur import data as inputs
 from secateur.card import card, environment, manifest
 from secateur.data import Batch, Data, call
 from secateur.errors import SecateurError
-from secateur.memory import peak_memory
+from secateur.memory import peak_memory, trim
 from secateur.plan import Plan, make_plan
 from secateur.probe import TOLERANCE, answer, difference, digest, probe_batch
 from secateur.prune import Job, LayerReport, Progress, Report, as_dict, no_cache, no_progress, run
@@ -68,6 +68,7 @@ class Blocks:
     def free(self, name: str, module: nn.Module) -> None:
         if name:
             empty(module)
+        trim()
 
     def _staged(self, name: str) -> Tensor:
         with safe_open(self.staging.read(name), framework="pt", device="cpu") as shard:

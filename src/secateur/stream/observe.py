@@ -200,6 +200,8 @@ def collect(
                     observer.next_call()
                     if each is not None:
                         each(index)
+            for inputs in observer.inputs.values():
+                inputs.complete()
             return observer.inputs, observer.transposed
         except Diverged:
             continue

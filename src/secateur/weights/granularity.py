@@ -25,7 +25,7 @@ def count(sparsity: float, units: int) -> int:
 
 def lowest(scores: Tensor, number: int) -> Tensor:
     """True at the `number` lowest scores of each group, ties broken by index. scores: [groups, units]."""
-    groups, units = scores.shape
+    units = scores.shape[1]
     if number <= 0:
         return torch.zeros_like(scores, dtype=torch.bool)
     if number >= units:
@@ -33,12 +33,12 @@ def lowest(scores: Tensor, number: int) -> Tensor:
     if units <= 16:
         return _ranks(scores.t()).lt(number).t()
     edge = _kth(scores, number)  # [groups, 1]
-    below = scores < edge
-    missing = number - below.sum(1, keepdim=True)  # [groups, 1], at least 1
+    at_most = scores <= edge
+    surplus = torch.count_nonzero(at_most, dim=1)[:, None] - number  # ties that stay
+    if not bool(surplus.any()):
+        return at_most
     ties = scores == edge
-    if bool((ties.sum(1, keepdim=True) == missing).all()):
-        return below | ties
-    return below | (ties & (ties.cumsum(1) <= missing))
+    return at_most & ~(ties & (ties.flip(1).cumsum(1).flip(1) <= surplus))
 
 
 def _ranks(scores: Tensor) -> Tensor:

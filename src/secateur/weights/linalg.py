@@ -7,6 +7,8 @@ from torch import Tensor
 
 from secateur.errors import SecateurError
 
+MOST_DAMPING = 1e4  # relative to the mean of the diagonal: no finite Gram matrix needs as much
+
 
 def damped_(matrix: Tensor, damp: float) -> Tensor:
     """Add damp * mean(diagonal) to the diagonal, in place; dead inputs get 1 first. matrix: [n, n]."""
@@ -19,21 +21,26 @@ def damped_(matrix: Tensor, damp: float) -> Tensor:
 def inverse_factor(gram: Tensor, damp: float) -> tuple[Tensor, float]:
     """Upper R with R'R = (gram + damping)^-1, and the relative damping that it took.
 
-    With J the reversal of the index order and L = chol(J H J), R = (J L J)^-1: one Cholesky factorisation and one
-    triangular inverse, half the flops of factorise, invert, factorise again. gram: [n, n] float32, left as it is.
-    Raises SecateurError when the Gram matrix is not finite.
+    With J the reversal of the index order and L = chol(J H J), R = (J L J)^-1: one Cholesky factorization and one
+    triangular inverse, half the flops of factorize, invert, factorize again. gram: [n, n] float32; it is reversed and
+    damped in place to save memory, and left as it was. Raises SecateurError when it is not finite.
     """
-    while True:
-        flipped = damped_(gram.flip(0, 1), damp)
-        lower, info = torch.linalg.cholesky_ex(flipped)
-        del flipped
-        if info == 0 and bool(torch.isfinite(lower.diagonal()).all()):
-            invert_lower_(lower)
-            if bool(torch.isfinite(lower.diagonal()).all()) and float(lower.abs().amax()) < 1e18:
-                return flip_(lower), damp
-        if not bool(torch.isfinite(gram.diagonal()).all()) or damp > 1e3:
-            raise SecateurError("the Gram matrix of the calibration inputs has NaN or Inf values")
-        damp = max(damp * 10, 1e-6)
+    diagonal = gram.diagonal().clone()
+    if not bool(torch.isfinite(diagonal).all()):
+        raise SecateurError("the Gram matrix of the calibration inputs has NaN or Inf values")
+    flip_(gram)
+    try:
+        while damp < MOST_DAMPING:
+            gram.diagonal().copy_(diagonal.flip(0))
+            lower, info = torch.linalg.cholesky_ex(damped_(gram, damp))
+            if info == 0 and bool(torch.isfinite(lower.diagonal()).all()):
+                invert_lower_(lower)
+                if float(lower.abs().amax()) < 1e18:  # false for NaN and Inf too
+                    return flip_(lower), damp
+            damp = max(damp * 10, 1e-6)
+    finally:
+        flip_(gram).diagonal().copy_(diagonal)
+    raise SecateurError("the Gram matrix of the calibration inputs has NaN or Inf values")
 
 
 def spectrum(gram: Tensor, damp: float) -> tuple[Tensor, Tensor, Tensor, float]:

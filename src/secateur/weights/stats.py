@@ -11,6 +11,7 @@ from secateur.errors import SecateurError
 from secateur.weights.linalg import inverse_factor, spectrum
 
 SAMPLE, SAMPLE_PER_CALL = 256, 8  # tokens kept to measure reconstruction errors on
+STRIPE = 512  # columns of a Gram matrix that are summed together
 
 
 @dataclass
@@ -41,7 +42,14 @@ class Inputs:
             self.sample.append(x[:, spread].clone())
         self.squares += x.square().sum(1)
         if self.gram is not None:
-            self.gram.baddbmm_(x.mT, x)
+            for start, stop in _stripes(width):  # a Gram matrix is symmetric: half of it is enough
+                self.gram[:, start:, start:stop].baddbmm_(x[:, :, start:].mT, x[:, :, start:stop])
+
+    def complete(self) -> None:
+        """Fill the half of the Gram matrix that `add` leaves out; for when all tokens are in."""
+        if self.gram is not None:
+            for start, stop in _stripes(self.gram.shape[-1]):
+                self.gram[:, start:stop, stop:] = self.gram[:, stop:, start:stop].mT
 
     def spectrum(self, group: int, damp: float) -> tuple[Tensor, Tensor, Tensor]:
         """(norm [in], eigenvalues [in], eigenvectors [in, in]) of the Gram matrix scaled to a unit diagonal and damped.
@@ -87,6 +95,12 @@ class Inputs:
         self.gram = None
         self._factors.clear()
         self._spectra.clear()
+
+
+def _stripes(width: int) -> list[tuple[int, int]]:
+    """Columns summed together; narrow matrices are not worth cutting."""
+    step = STRIPE if width >= 2 * STRIPE else width
+    return [(start, min(start + step, width)) for start in range(0, width, step)]
 
 
 @dataclass

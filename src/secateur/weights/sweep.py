@@ -20,13 +20,12 @@ def sweep_matrix(weight: Tensor, factor: Tensor, choose: Choose) -> tuple[Tensor
     """
     columns = weight.t().clone(memory_format=torch.contiguous_format)  # [in, out], never the caller's memory
     width = columns.shape[0]
-    diagonal = factor.diagonal()
-    step = choose.granularity.sweep or 0
-    block = BLOCK if not step else max(step, BLOCK // step * step)
+    step = choose.granularity.sweep or BLOCK
+    block = max(step, BLOCK // step * step)
     keep = torch.empty_like(columns, dtype=torch.bool)
     for start in range(0, width, block):
         stop = min(start + block, width)
-        errors = _sweep_block(columns, keep, factor, diagonal, choose, start, stop, step)
+        errors = _sweep_block(columns, keep, factor, choose, range(start, stop), step)
         if stop < width:
             columns[stop:].addmm_(factor[start:stop, stop:].t(), errors, alpha=-1)
     if not bool(torch.isfinite(columns).all()):
@@ -34,44 +33,33 @@ def sweep_matrix(weight: Tensor, factor: Tensor, choose: Choose) -> tuple[Tensor
     return columns.t().contiguous(), keep.t().contiguous()
 
 
-def _sweep_block(
-    columns: Tensor,
-    keep: Tensor,
-    factor: Tensor,
-    diagonal: Tensor,
-    choose: Choose,
-    start: int,
-    stop: int,
-    step: int,
-) -> Tensor:
-    """Sweep columns start..stop; returns their errors [stop - start, out]."""
-    errors = torch.empty_like(columns[start:stop])
-    if not step:
-        _decide(columns, keep, diagonal, choose, start, stop)
-        gone = _scaled_removals(keep, diagonal, start, stop)
-    strip = STRIP if not step else max(step, STRIP // step * step)
-    for first in range(start, stop, strip):
-        last = min(first + strip, stop)
+def _sweep_block(columns: Tensor, keep: Tensor, factor: Tensor, choose: Choose, block: range, step: int) -> Tensor:
+    """Sweep the block's columns, choosing `step` at a time; returns their errors [len(block), out]."""
+    scale = factor.diagonal()[block.start : block.stop, None].reciprocal()  # [block, 1]
+    errors = torch.empty_like(columns[block.start : block.stop])
+    strip = max(step, STRIP // step * step) if step < BLOCK else STRIP
+    for first in range(block.start, block.stop, strip):
+        last = min(first + strip, block.stop)
         for i in range(first, last):
-            if step and (i - start) % step == 0:
-                _decide(columns, keep, diagonal, choose, i, i + step)
-                gone_now = _scaled_removals(keep, diagonal, i, i + step)
-            error = errors[i - start]
-            torch.mul(columns[i], gone_now[(i - start) % step] if step else gone[i - start], out=error)
+            here = i - block.start
+            if here % step == 0:
+                end = min(here + step, len(block))
+                gone = _decide(columns, keep, choose, i, block.start + end, scale[here:end])
+            torch.mul(columns[i], gone[here % step], out=errors[here])
             if i + 1 < last:
-                columns[i + 1 : last].addr_(factor[i, i + 1 : last], error, alpha=-1)
-        if last < stop:
-            columns[last:stop].addmm_(factor[first:last, last:stop].t(), errors[first - start : last - start], alpha=-1)
-    columns[start:stop] *= keep[start:stop]
+                columns[i + 1 : last].addr_(factor[i, i + 1 : last], errors[here], alpha=-1)
+        if last < block.stop:
+            done = slice(first - block.start, last - block.start)
+            columns[last : block.stop].addmm_(factor[first:last, last : block.stop].t(), errors[done], alpha=-1)
+    columns[block.start : block.stop] *= keep[block.start : block.stop]
     return errors
 
 
-def _decide(columns: Tensor, keep: Tensor, diagonal: Tensor, choose: Choose, start: int, stop: int) -> None:
-    """Choose within columns start..stop by w^2 / R_jj^2, the OBS saliency in the problem that is left."""
-    scores = (columns[start:stop] / diagonal[start:stop, None]).square_()
+def _decide(columns: Tensor, keep: Tensor, choose: Choose, start: int, stop: int, scale: Tensor) -> Tensor:
+    """Choose within columns start..stop by (w / R_jj)^2, the OBS saliency in the problem that is left.
+
+    scale: 1 / R_jj, [stop - start, 1]. Returns it where a weight goes, else 0: [stop - start, out].
+    """
+    scores = (columns[start:stop] * scale).square_()
     keep[start:stop] = choose.between(scores.t(), start, stop).t()
-
-
-def _scaled_removals(keep: Tensor, diagonal: Tensor, start: int, stop: int) -> Tensor:
-    """1 / R_jj where a weight goes, else 0: [stop - start, out]."""
-    return (~keep[start:stop]) / diagonal[start:stop, None]
+    return ~keep[start:stop] * scale

@@ -1,0 +1,43 @@
+# Everything runs in .venv, made on first use from the package index alone. PYTHON needs to be 3.11 or newer.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+SMOLLM2 ?= build/smollm2
+
+.PHONY: install demo demo-llm test check bench clean
+
+install: $(VENV)/installed
+
+# torch comes first and alone: the pinned release is the one that everything was measured with.
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -c constraints.txt torch
+	$(PIP) install -c constraints.txt -e '.[dev,gguf]'
+	touch $@
+
+demo: install
+	$(BIN)/secateur demo
+
+demo-llm: install
+	$(BIN)/python scripts/demo_llm.py --model $(SMOLLM2)
+
+test: install
+	$(BIN)/python -m pytest -n 2
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+bench: install
+	$(BIN)/python scripts/smollm2.py $(SMOLLM2)
+	$(BIN)/python benchmarks/solver.py
+	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/end_to_end.py --model $(SMOLLM2)
+	$(BIN)/python benchmarks/kill.py
+	$(BIN)/python benchmarks/families.py
+	$(BIN)/python benchmarks/oneshot.py --model $(SMOLLM2)
+
+clean:
+	rm -rf $(VENV) build
