@@ -2,17 +2,19 @@
 
 The staging folder `<out>.partial` starts as a copy of the shards; pruned tensors replace theirs in place, a block at a
 time, and the journal then says so. A run killed at any moment goes on at the first block that the journal lacks; what it
-had half written is written again from the source. Shards carry another name until the end.
+had half written is written again from the source. Shards carry another name until all blocks are done; then they move
+into a folder inside the staging folder, where the result is verified and from where it is renamed to `<out>`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,52 +25,83 @@ from secateur.stream.checkpoint import Checkpoint, to_bytes
 
 JOURNAL = "journal.jsonl"
 UNFINISHED = ".partial"
+WHOLE = "unverified"  # where the result is put together, inside the staging folder
 CHUNK = 1 << 24  # bytes copied at a time
+
+
+def staging_folder(out: Path) -> Path:
+    """Where the unfinished result lies."""
+    return out.with_name(out.name + UNFINISHED)
 
 
 class Staging:
     """The unfinished result of one run. Every byte that it writes passes `_write`."""
 
     def __init__(self, source: Checkpoint, out: Path, settings: Mapping[str, Any], resume: bool) -> None:
-        """settings: what makes the result what it is; a resumed run has to agree with it."""
+        """settings: what makes the result what it is; a resumed run has to agree with it. Raises SecateurError."""
         self.source, self.out = source, out
-        self.folder = out.with_name(out.name + UNFINISHED)
+        self.folder = staging_folder(out)
         self.records: list[dict[str, Any]] = []
-        self._lock: IO[bytes] | None = None
         self._journal: IO[bytes] | None = None
         self._files: dict[str, IO[bytes]] = {}
-        if self.folder.exists() and not resume:
+        try:
+            with explain(self.folder):
+                self._own(resume)
+                self._begin(json.loads(json.dumps(settings)))
+        except BaseException as error:
+            self.close(failed=isinstance(error, Exception))
+            raise
+
+    def _own(self, resume: bool) -> None:
+        """Make the folder, or enter the one that is there, and lock it: the lock is on the journal."""
+        try:
+            self.folder.mkdir(parents=True)
+        except FileExistsError:
+            if not resume:
+                raise SecateurError(self._in_the_way()) from None
+        path = self.folder / JOURNAL
+        journal = path.open("ab", buffering=0)
+        # whoever had it may have finished, and removed it, between the opening and the lock
+        if not _lock(journal) or not path.exists() or not os.path.sameopenfile(journal.fileno(), _number(path)):
+            journal.close()
+            raise SecateurError(self._busy())
+        self._journal = journal
+
+    def _in_the_way(self) -> str:
+        path = self.folder / JOURNAL
+        if path.is_file():
+            with path.open("rb") as journal:
+                if not _lock(journal):
+                    return self._busy()
+        return f"{self.folder} holds an unfinished run. Go on with --resume, or delete that folder to start afresh."
+
+    def _busy(self) -> str:
+        return f"another run is writing to {self.folder}; wait for it, or choose another --out"
+
+    def _begin(self, settings: dict[str, Any]) -> None:
+        """Go on where the journal ends, or start afresh."""
+        if os.path.lexists(self.out):
+            raise SecateurError(f"{self.out} exists already; choose another --out, or delete it")
+        lines = self._read_journal()
+        if lines and lines[0]["settings"] != settings:
+            found = "\n    ".join(_differences(lines[0]["settings"], settings))
             raise SecateurError(
-                f"{self.folder} holds an unfinished run. Go on with --resume, or delete that folder to start afresh."
+                f"{self.folder} was begun with other settings:\n    {found}\n"
+                "  Resume with the same ones, or delete that folder to start afresh."
             )
-        self._start(dict(settings))
-
-    def _start(self, settings: dict[str, Any]) -> None:
-        with explain_full_disk(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._take_lock()
-            lines = self._read_journal()
-            if lines and lines[0].get("settings") != settings:
-                changed = sorted(k for k in settings if lines[0].get("settings", {}).get(k) != settings[k])
-                raise SecateurError(
-                    f"{self.folder} was begun with other settings ({', '.join(changed)} differ).\n"
-                    "  Resume with the same ones, or delete that folder to start afresh."
-                )
-            self._journal = (self.folder / JOURNAL).open("ab")
-            if not lines:
-                self._need_room()
-                self._append({"settings": settings})
-            self.records = lines[1:]
-            copied = {record["copied"] for record in self.records if "copied" in record}
-            for shard in self.source.shards:
-                if shard not in copied:
-                    self._copy(shard)
-                self._files[shard] = self._staged(shard).open("r+b")
-
-    @property
-    def resumed(self) -> bool:
-        """Whether an earlier run got as far as a block."""
-        return any("block" in record for record in self.records)
+        self._take_apart()
+        copied = {line["copied"] for line in lines if "copied" in line}
+        if not lines or not all(self._intact(shard) for shard in copied):
+            self._need_room()
+            os.truncate(self.folder / JOURNAL, 0)
+            lines, copied = [], set()
+            self._append({"settings": settings})
+        self.records = lines[1:]
+        for shard in self.source.shards:
+            if shard not in copied:
+                self._copy(self.source.folder / shard, self._staged(shard))
+                self._append({"copied": shard})
+            self._files[shard] = self._staged(shard).open("r+b", buffering=0)
 
     def record(self, kind: str, key: Any = None) -> dict[str, Any] | None:
         """The journal's record of a kind ("block", "allocation"), or None; key: the record's value under that kind."""
@@ -77,12 +110,12 @@ class Staging:
 
     def note(self, record: dict[str, Any]) -> None:
         """Add a record that a resumed run will find."""
-        with explain_full_disk(self.folder):
+        with explain(self.folder):
             self._append(record)
 
     def save(self, block: str, tensors: Mapping[str, Tensor], report: dict[str, Any]) -> None:
         """Replace tensors in the staged shards, then note that the block is done, in that order on the disk."""
-        with explain_full_disk(self.folder):
+        with explain(self.folder):
             touched = set()
             for name, tensor in tensors.items():
                 entry = self.source.entries[name]
@@ -93,8 +126,8 @@ class Staging:
                 file.seek(entry.start)
                 self._write(file, data)
                 touched.add(entry.shard)
-            for shard in touched:
-                _sync(self._files[shard])
+            for shard in sorted(touched):
+                os.fsync(self._files[shard].fileno())
             self._append({"block": block, **report})
 
     def read(self, checkpoint_name: str) -> Path:
@@ -102,77 +135,103 @@ class Staging:
         return self._staged(self.source.entries[checkpoint_name].shard)
 
     def assemble(self, files: Mapping[str, bytes], copies: Iterable[str]) -> Path:
-        """Give the shards their names and put the other files beside them. Returns the folder, whole but not yet named."""
-        with explain_full_disk(self.folder):
-            for shard, file in self._files.items():
-                file.close()
-                if self._staged(shard).exists():
-                    os.replace(self._staged(shard), self.folder / shard)
-            self._files.clear()
+        """Give the shards their names and put the other files beside them. Returns the folder, whole but not verified."""
+        with explain(self.folder):
+            self._let_go()
+            whole = self.folder / WHOLE
+            whole.mkdir()
+            for shard in self.source.shards:
+                os.replace(self._staged(shard), whole / shard)
             for name in copies:
-                self.add(name, (self.source.folder / name).read_bytes())
+                self._copy(self.source.folder / name, whole / name)
             for name, content in files.items():
                 self.add(name, content)
-        return self.folder
-
-    def reopen(self) -> None:
-        """Take the shards' names back after a failed check, so that nothing looks whole."""
-        for shard in self.source.shards:
-            if (self.folder / shard).exists():
-                os.replace(self.folder / shard, self._staged(shard))
+        return whole
 
     def add(self, name: str, content: bytes) -> None:
-        """Write a small file in one step."""
-        path = self.folder / name
-        temporary = path.with_name(name + ".tmp")
-        with explain_full_disk(self.folder):
-            with temporary.open("wb") as file:
-                self._write(file, memoryview(content))
-                _sync(file)
-            os.replace(temporary, path)
+        """Write a small file into the assembled result."""
+        with explain(self.folder), (self.folder / WHOLE / name).open("wb", buffering=0) as file:
+            self._write(file, memoryview(content))
+            os.fsync(file.fileno())
 
     def finish(self) -> None:
-        """The last step: the folder gets its name."""
+        """The last step: the result gets its name."""
+        with explain(self.folder):
+            _sync_folder(self.folder / WHOLE)
+            if os.path.lexists(self.out):
+                raise SecateurError(
+                    f"{self.out} came into being while this run went on; nothing is overwritten.\n"
+                    "  Move it away and run again with --resume."
+                )
+            os.replace(self.folder / WHOLE, self.out)
+            _sync_folder(self.out.parent)
+        with contextlib.suppress(OSError):  # the result is there; what is left of the staging folder is of no account
+            (self.folder / JOURNAL).unlink()
+            self.folder.rmdir()
         self.close()
-        (self.folder / JOURNAL).unlink(missing_ok=True)
-        (self.folder / ".lock").unlink(missing_ok=True)
-        os.replace(self.folder, self.out)
-        _sync_folder(self.out.parent)
 
-    def close(self) -> None:
-        """Let go of all files; the staging folder stays for a later run."""
-        for file in (*self._files.values(), self._journal, self._lock):
-            if file is not None:
-                file.close()
+    def close(self, failed: bool = False) -> None:
+        """Let go of all files. The staging folder stays for a later run, but after a failure only with work in it."""
+        self._let_go()
+        if self._journal is None:
+            return
+        if failed:
+            with contextlib.suppress(OSError):
+                self._take_apart()
+                if not any("block" in record or "allocation" in record for record in self._read_journal()):
+                    self._remove()
+        self._journal.close()
+        self._journal = None
+
+    def _remove(self) -> None:
+        """Delete what a run puts into its staging folder, and nothing else that may lie there."""
+        for shard in self.source.shards:
+            self._staged(shard).unlink(missing_ok=True)
+        (self.folder / JOURNAL).unlink(missing_ok=True)
+        self.folder.rmdir()
+
+    def _take_apart(self) -> None:
+        """Undo `assemble`, so that nothing looks whole."""
+        whole = self.folder / WHOLE
+        for shard in self.source.shards:
+            if (whole / shard).exists():
+                os.replace(whole / shard, self._staged(shard))
+        if whole.exists():
+            shutil.rmtree(whole)
+
+    def _let_go(self) -> None:
+        for file in self._files.values():
+            file.close()
         self._files.clear()
 
     def _staged(self, shard: str) -> Path:
         return self.folder / (shard + UNFINISHED)
 
-    def _take_lock(self) -> None:
-        self._lock = (self.folder / ".lock").open("wb")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise SecateurError(
-                f"another run is writing to {self.folder}; wait for it, or choose another --out"
-            ) from None
+    def _intact(self, shard: str) -> bool:
+        path = self._staged(shard)
+        return path.is_file() and path.stat().st_size == (self.source.folder / shard).stat().st_size
 
     def _read_journal(self) -> list[dict[str, Any]]:
-        """All whole records; a torn last line is cut off."""
+        """All whole records, the settings first; what follows a torn line is cut off, and will be done again."""
         path = self.folder / JOURNAL
-        if not path.exists():
-            return []
-        content = path.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
-        if len(whole) != len(content):
-            os.truncate(path, len(whole))
-        return [json.loads(line) for line in whole.splitlines()]
+        lines: list[dict[str, Any]] = []
+        whole = 0
+        for line in path.read_bytes().splitlines(keepends=True):
+            try:
+                record = json.loads(line) if line.endswith(b"\n") else None
+            except ValueError:
+                break
+            if not isinstance(record, dict) or ("settings" in record) != (not lines):
+                break
+            lines.append(record)
+            whole += len(line)
+        os.truncate(path, whole)
+        return lines
 
     def _append(self, record: dict[str, Any]) -> None:
         assert self._journal is not None
         self._write(self._journal, memoryview(json.dumps(record).encode() + b"\n"))
-        _sync(self._journal)
+        os.fsync(self._journal.fileno())
         self.records.append(record)
 
     def _need_room(self) -> None:
@@ -183,24 +242,39 @@ class Staging:
                 "  Free some room or choose an --out on another disk."
             )
 
-    def _copy(self, shard: str) -> None:
-        done = self.folder / shard  # an earlier run may have given it its name already
-        if done.exists():
-            os.replace(done, self._staged(shard))
-        with (self.source.folder / shard).open("rb") as source, self._staged(shard).open("wb") as target:
-            while chunk := source.read(CHUNK):
-                self._write(target, memoryview(chunk))
-            _sync(target)
-        self._append({"copied": shard})
+    def _copy(self, source: Path, target: Path) -> None:
+        with source.open("rb") as read, target.open("wb", buffering=0) as written:
+            while chunk := read.read(CHUNK):
+                self._write(written, memoryview(chunk))
+            os.fsync(written.fileno())
+        _sync_folder(target.parent)
 
     @staticmethod
     def _write(file: IO[bytes], data: memoryview) -> None:
-        file.write(data)
+        while data:  # an unbuffered file may take less than it is given
+            data = data[file.write(data) :]
 
 
-def _sync(file: IO[bytes]) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+def _lock(file: IO[bytes]) -> bool:
+    """Whether nobody else holds the file; it is ours until it is closed, or the process ends, however it ends."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EWOULDBLOCK, errno.EACCES)  # other errors: no locks on this file system
+    return True
+
+
+def _differences(then: Any, now: Any, path: str = "") -> list[str]:
+    """What two settings disagree on, for people."""
+    if isinstance(then, dict) and isinstance(now, dict):
+        keys = sorted(then.keys() | now.keys())
+        return [line for k in keys for line in _differences(then.get(k), now.get(k), f"{path}.{k}".lstrip("."))]
+    return [] if then == now else [f"{path}: {_short(then)} then, {_short(now)} now"]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:20]}..."
 
 
 def _sync_folder(folder: Path) -> None:
@@ -211,18 +285,15 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-class explain_full_disk:
+@contextlib.contextmanager
+def explain(folder: Path) -> Iterator[None]:
     """Turn a failed write into the one error that a user sees."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if isinstance(error, OSError):
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            found = "the disk is full" if full else str(error)
-            raise SecateurError(
-                f"cannot write to {self.folder}: {found}.\n  Nothing is lost: make room and run again with --resume."
-            ) from None
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        found = "the disk is full" if full else str(error)
+        way_out = "make room" if full else "see to that"
+        raise SecateurError(
+            f"cannot write to {folder}: {found}.\n  Nothing is lost: {way_out} and run again with --resume."
+        ) from None
