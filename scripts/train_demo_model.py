@@ -115,12 +115,12 @@ def configuration(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
 
 
 def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: int) -> float:
-    """AdamW under a cosine; returns the seconds it took."""
+    """AdamW under a cosine; returns the seconds of CPU time it took."""
     optimizer = _optimizer(model)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
     pieces = encoded(tokenizer)
     rng = random.Random(SEED)
-    begun, running = time.perf_counter(), 0.0
+    begun, running = time.process_time(), 0.0
     for step in range(1, steps + 1):
         length = SHORT if step <= (1 - LONG_SHARE) * steps else LONG
         loss = weighted_loss(model, *batch(pieces, rng, length, tokenizer.eos_token_id))
@@ -131,9 +131,9 @@ def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: in
         optimizer.zero_grad()
         running += loss.item()
         if step % REPORT == 0:
-            _report(model, tokenizer, step, running / REPORT, time.perf_counter() - begun)
+            _report(model, tokenizer, step, running / REPORT, time.process_time() - begun)
             running = 0.0
-    return time.perf_counter() - begun
+    return time.process_time() - begun
 
 
 def _optimizer(model: LlamaForCausalLM) -> torch.optim.Optimizer:
@@ -315,7 +315,7 @@ takes any text and gives it back unchanged, but the model has seen only these ta
 ## Training
 
 `scripts/train_demo_model.py`, from random weights: {steps} steps, {tokens:.1f} million tokens, seed {seed}, AdamW with a
-cosine schedule, one thread of a CPU, {minutes:.0f} minutes; torch {torch}, transformers {transformers}. The data come from
+cosine schedule, {minutes:.0f} minutes of one CPU thread; torch {torch}, transformers {transformers}. The data come from
 `secateur.demo.tasks`; no text of anybody else went in. License: Apache-2.0, as the package.
 """
 

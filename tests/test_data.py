@@ -21,7 +21,18 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import PreTrainedTokenizerFast, tokenization_utils_base
 
 from secateur import data
-from secateur.data import INPUT, TARGET, bundled_text, calibration, call, digest, from_iterable, load_text, windows
+from secateur.data import (
+    INPUT,
+    TARGET,
+    bundled_text,
+    calibration,
+    call,
+    digest,
+    from_iterable,
+    holdout,
+    load_text,
+    windows,
+)
 from secateur.errors import SecateurError
 
 WORDS = 1000
@@ -172,8 +183,8 @@ NEVER = "[Nn]ever unpickle untrusted files.*safetensors or .npz"
         ("a.jsonl", lines({"n": 3, "ok": True}), None, "no field with a string in it; its fields: 'n', 'ok'"),
         ("a.jsonl", lines({"text": " "}, {"text": ""}), None, "field 'text' is empty in all 2 lines"),
         ("a.jsonl", LONE, None, "line 1: field 'text' holds half a surrogate pair"),
-        ("a.txt.gz", gzip.compress(b"x"), None, "is compressed; decompress"),
-        ("a.txt", gzip.compress(b"x"), None, "is compressed; decompress"),
+        ("a.txt.gz", gzip.compress(b"x", mtime=0), None, "is compressed; decompress"),
+        ("a.txt", gzip.compress(b"x", mtime=0), None, "is compressed; decompress"),
         ("a.pkl", pickle.dumps([1]), None, NEVER),
         ("a.txt", pickle.dumps([1]), None, NEVER),
         ("a.pt", b"PK\x03\x04", None, NEVER),
@@ -218,7 +229,7 @@ def test_calibration_of_an_encoder_decoder(tmp_path: Path) -> None:
 
 def test_calibration_from_the_bundled_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data, "files", lambda package: tmp_path)
-    with pytest.raises(SecateurError, match="own text is missing.*reinstall"):
+    with pytest.raises(SecateurError, match=r"own text is missing.*reinstall"):
         bundled_text()
     (tmp_path / "text").mkdir()
     with pytest.raises(SecateurError, match="own text is missing"):
@@ -253,6 +264,25 @@ def test_calibration_refuses_text(tmp_path: Path, changes: dict[str, Any], messa
 def test_calibration_checks_the_file_before_the_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(SecateurError, match="does not exist"):
         take(tmp_path / "missing.txt", tokenizer=None)
+
+
+@given(st.integers(4, 200), st.integers(1, 6), st.integers(0, 12), st.integers(1, 12))
+@settings(max_examples=60, deadline=None)
+def test_holdout_windows_are_whole_and_none_that_calibration_takes(
+    tmp_path_factory: pytest.TempPathFactory, tokens: int, length: int, samples: int, count: int
+) -> None:
+    path = write(tmp_path_factory.getbasetemp() / "holdout.txt", counting(tokens))
+    whole = tokens // length
+    held = holdout(path, TOKENIZER, samples=samples, length=length, count=count)
+    starts = [int(window[0, 0]) for window in held]
+    assert all(torch.equal(window, torch.arange(s, s + length)[None]) for s, window in zip(starts, held, strict=True))
+    assert all(start % length == 0 for start in starts)
+    assert len(set(starts)) == len(starts)
+    if whole >= samples:
+        assert len(held) == min(count, whole - samples)
+    if whole >= samples > 0:
+        taken = take(path, samples=samples, length=length, seed=None).batches
+        assert not {int(batch["input_ids"][0, 0]) for batch in taken} & set(starts)
 
 
 # Calibration from saved tensors
@@ -417,6 +447,13 @@ def test_from_iterable_refuses(batches: Any, limit: int | None, message: str) ->
         from_iterable(batches, limit)
 
 
+def test_from_iterable_checks_token_ids() -> None:
+    batch = {"input_ids": torch.tensor([[1, 9]]), "labels": torch.tensor([[1, -100]])}
+    assert from_iterable([batch], None, vocab_size=10).tokens == 2
+    with pytest.raises(SecateurError, match="batch 1: input_ids holds token id 9; the model's vocabulary has 9 ids"):
+        from_iterable([{"x": ONE}, batch], None, vocab_size=9)
+
+
 def test_call_refuses_what_is_no_batch() -> None:
     with pytest.raises(SecateurError, match="the batch is a str"):
         call(Recorder(), "text")
@@ -472,3 +509,8 @@ def test_the_digest_depends_on_the_order_of_batches_and_not_on_memory_layout() -
     a, b = {"x": torch.tensor([[1, 2], [3, 4]])}, {"x": torch.tensor([[5, 6], [7, 8]])}
     assert digest([a, b]) != digest([b, a])
     assert digest([{"x": a["x"].T}]) == digest([{"x": a["x"].T.contiguous()}]) != digest([a])
+
+
+def test_the_digest_knows_where_one_batch_ends() -> None:
+    a, b = {"a": torch.ones(2)}, {"b": torch.zeros(2)}
+    assert digest([a, b]) != digest([a | b])

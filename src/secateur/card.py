@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from secateur.prune import Report
 
 
+VOLATILE = ("seconds", "peak_memory_bytes")  # all of secateur.json that differs between two runs of the same settings
+
+
 def environment() -> dict[str, str]:
     """Versions that can change a result."""
     import transformers
@@ -36,6 +39,7 @@ def manifest(report: Report, folder: Path, probe: dict[str, Any] | None, seed: i
         "recipe": report.recipe.model_dump(mode="json"),
         "calibration": {"description": report.calibration, "sha256": report.data_digest},
         "sparsity": report.sparsity,
+        "notes": report.notes,
         "measures": report.measures,
         "peak_memory_bytes": report.peak_memory,
         "probe": None if probe is None else {"seed": seed, "output": probe},

@@ -120,7 +120,7 @@ def holdout(
 
     Evenly spaced among the windows that are left; none when calibration takes them all.
     """
-    text, note = bundled_text() if source is None else load_text(Path(source), field)
+    text, _ = bundled_text() if source is None else load_text(Path(source), field)
     ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)
     whole = len(ids) // length
     taken = set(_choose(whole, samples, None)) if samples else set()
@@ -129,14 +129,15 @@ def holdout(
     return [torch.tensor([ids[index * length : (index + 1) * length]]) for index in chosen]
 
 
-def from_iterable(batches: Iterable[Any], limit: int | None) -> Data:
+def from_iterable(batches: Iterable[Any], limit: int | None, vocab_size: int | None = None) -> Data:
     """The first `limit` batches (None: all) of anything that yields batches, such as a DataLoader; consumed once.
 
     A batch is a mapping of tensors (keyword arguments), a tensor, or a tuple or list (input, label, ...); the last two
     become {INPUT: input} and {INPUT: input, TARGET: label}, where a label that is no tensor is dropped. Tensors are
     detached and not copied.
 
-    Raises SecateurError when there are none, an item is something else, or a floating-point input has NaN or infinity.
+    Raises SecateurError when there are none, an item is something else, a floating-point input has NaN or infinity, or
+    a token id is outside 0..vocab_size - 1.
     """
     if isinstance(batches, (Mapping, Tensor, str)) or not isinstance(batches, Iterable):
         found = f"a single {type(batches).__name__}"
@@ -146,7 +147,7 @@ def from_iterable(batches: Iterable[Any], limit: int | None) -> Data:
     taken = [_as_batch(item, f"batch {index}") for index, item in enumerate(islice(batches, limit))]
     if not taken:
         raise SecateurError("the data yields no batches (a generator that was used up?); give at least one.")
-    return _data(taken, f"{len(taken)} batches, the first {_shapes(taken[0])}")
+    return _data(taken, f"{len(taken)} batches, the first {_shapes(taken[0])}", vocab_size)
 
 
 def call(model: nn.Module, batch: Batch | Tensor | Sequence[Any], **options: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -18,13 +19,14 @@ from secateur import data as inputs
 from secateur.card import card, environment, manifest
 from secateur.data import Batch, Data, call
 from secateur.errors import SecateurError
+from secateur.machine import check_device
 from secateur.memory import peak_memory, trim
 from secateur.plan import Plan, make_plan
 from secateur.probe import TOLERANCE, answer, difference, digest, probe_batch
 from secateur.prune import Job, LayerReport, Progress, Report, as_dict, no_cache, no_progress, run
 from secateur.recipe import Recipe
 from secateur.stream.source import Source, empty
-from secateur.stream.staging import Staging
+from secateur.stream.staging import Staging, staging_folder
 from secateur.stream.walk import walk
 from secateur.weights.gradients import Loss
 
@@ -91,6 +93,14 @@ class Staged:
         tensors = self.source.parameters(block, set(changed))
         self.staging.save(block, tensors, {"layers": [as_dict(report) for report in reports]})
 
+    def allocation(self, make: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """Made from the dense weights once: a resumed run finds it in the journal."""
+        record = self.staging.record("allocation")
+        if record is None:
+            record = {"allocation": make()}
+            self.staging.note(record)
+        return record["allocation"]
+
     def stored_dtype(self, parameter: str) -> torch.dtype | None:
         return self.source.stored_dtype(parameter)
 
@@ -125,23 +135,32 @@ def prune(
         report.protected = job.plan.protected
         _write(report, job, source, staging, outcome)
         return report
-    finally:
-        staging.close()
+    except BaseException as error:
+        staging.close(failed=isinstance(error, Exception))
+        raise
 
 
-def prepare(
-    folder: str | Path,
-    recipe: Recipe,
-    data: Iterable[Any] | Data | None,
-    out: str | Path,
-    resume: bool,
-    device: str,
-    loss: Loss | None,
-    progress: Progress,
-) -> tuple[Job, Source, Staging, Outcome]:
-    """Everything up to the first pruned block. All that can be wrong with the input is found here."""
+@dataclass
+class Examined:
+    """An input that has passed every check. data and riders are where the model computes; nothing is written yet.
+
+    riders: the holdout windows, then the probe where there is one.
+    """
+
+    source: Source
+    plan: Plan
+    data: Data | None
+    riders: list[Batch]
+    holdout: list[Tensor]
+
+
+def examine(
+    folder: str | Path, recipe: Recipe, data: Iterable[Any] | Data | None, out: str | Path, device: str
+) -> Examined:
+    """Find all that can be wrong with the input. Reads no weights and writes nothing. Raises SecateurError."""
     folder, out = resolve(folder), Path(out)
     check_out(folder, out)
+    check_device(device)
     source = Source(folder, recipe.dtype, device)
     plan = make_plan(source.model, recipe)
     tokenizer = load_tokenizer(folder)
@@ -158,17 +177,35 @@ def prepare(
         if data is None
         else Data([_to(b, source) for b in data.batches], data.description, data.digest, data.tokens)
     )
-    staging = Staging(source.checkpoint, out, _settings(source, recipe, data), resume)
+    return Examined(source, plan, data, riders, holdout)
+
+
+def prepare(
+    folder: str | Path,
+    recipe: Recipe,
+    data: Iterable[Any] | Data | None,
+    out: str | Path,
+    resume: bool,
+    device: str,
+    loss: Loss | None,
+    progress: Progress,
+) -> tuple[Job, Source, Staging, Outcome]:
+    """Everything up to the first pruned block."""
+    found = examine(folder, recipe, data, out, device)
+    source, plan, holdout = found.source, found.plan, found.holdout
+    staging = Staging(source.checkpoint, Path(out), _settings(source, recipe, found.data), resume)
     try:
         source.load_outside(plan.blocks)
         store = Blocks(source, staging, lambda name: staging.record("block", name) is not None)
         outcome = Outcome(len(holdout), windows=list(holdout))
-        job = Job(source.model, plan, data, store, Staged(source, staging), progress, loss, riders, outcome)
+        dense = Blocks(source, staging, lambda _: False)
+        keeper = Staged(source, staging)
+        job = Job(source.model, plan, found.data, store, keeper, progress, loss, found.riders, outcome, dense)
         if staging.record("before") is None:
             _measure_before(job, source, staging, len(holdout))
         return job, source, staging, outcome
-    except BaseException:
-        staging.close()
+    except BaseException as error:
+        staging.close(failed=isinstance(error, Exception))
         raise
 
 
@@ -192,12 +229,19 @@ def resolve(folder: str | Path) -> Path:
 
 
 def check_out(folder: Path, out: Path) -> None:
-    """Raise SecateurError unless `out` is a new place outside the input."""
-    if out.resolve() == folder.resolve():
-        raise SecateurError(f"--out {out} is the input itself; the input is never changed: choose another folder")
+    """Raise SecateurError unless `out` is a new place, and it and its staging folder are outside the input."""
+    if not out.name or out.name == "..":
+        raise SecateurError(f"--out {out} names no new folder: choose one, such as {out / 'pruned'}")
+    for place, what in ((out, "is"), (staging_folder(out), "would be written by way of")):
+        if place.resolve() == folder.resolve():
+            raise SecateurError(
+                f"--out {out} {what} the input itself; the input is never changed: choose another folder"
+            )
     if folder.resolve() in out.resolve().parents:
         raise SecateurError(f"--out {out} lies inside the input folder {folder}: choose another place")
-    if out.exists():
+    if staging_folder(out).resolve() in folder.resolve().parents:
+        raise SecateurError(f"--out {out} would be written around the input folder {folder}: choose another place")
+    if os.path.lexists(out):
         raise SecateurError(f"--out {out} exists already; nothing is overwritten: choose another name, or delete it")
     if out.parent.exists() and not out.parent.is_dir():
         raise SecateurError(f"--out {out}: {out.parent} is not a folder")
@@ -230,7 +274,7 @@ def _calibration(source: Source, plan: Plan, data: Any, tokenizer: Any) -> Data 
     if isinstance(data, Data):
         return data
     if data is not None:
-        return inputs.from_iterable(data, None)
+        return inputs.from_iterable(data, None, vocab_size=_vocabulary(source.model))
     if not recipe.needs():
         return None
     if getattr(source.model, "main_input_name", "input_ids") != "input_ids" and recipe.calibration.source is None:
@@ -331,12 +375,8 @@ def _write(report: Report, job: Job, source: Source, staging: Staging, outcome: 
     report.peak_memory = peak_memory()
     details = manifest(report, source.folder, probe, job.plan.recipe.seed)
     folder = staging.assemble({"README.md": card(report, source.folder).encode()}, copies)
-    try:
-        job.progress("verify", 0, 1, "reload")
-        how, found = verify(folder, job, source, outcome.probe)
-    except BaseException:
-        staging.reopen()
-        raise
+    job.progress("verify", 0, 1, "reload")
+    how, found = verify(folder, job, source, outcome.probe)
     report.seconds["verify"] = time.perf_counter() - started
     report.verified = {"how": how, "difference": found, "tolerance": TOLERANCE}
     details["verified"] = report.verified
@@ -370,7 +410,7 @@ def verify(folder: Path, job: Job, source: Source, expected: Tensor | None) -> t
     if not apart <= TOLERANCE:
         raise SecateurError(
             f"the reloaded result ({how}) differs from what was in memory by {apart:.2g} of the largest output "
-            f"(tolerance {TOLERANCE:g}). Nothing was given the name {job.plan and folder.name}; please report this."
+            f"(tolerance {TOLERANCE:g}). It was not given its name; please report this."
         )
     return how, apart
 

@@ -1,4 +1,4 @@
-"""From a recipe and a model to what will happen to each layer. Every mistake that can be seen without data is found here."""
+"""From a recipe and a model to what will happen to each layer. Mistakes that can be seen without data are found here."""
 
 from __future__ import annotations
 

@@ -81,6 +81,7 @@ class Keeper(Protocol):
 
     def done(self, block: str) -> list[LayerReport] | None: ...
     def keep(self, block: str, changed: Collection[str], reports: list[LayerReport]) -> None: ...
+    def allocation(self, make: Callable[[], dict[str, float]]) -> dict[str, float]: ...
     def stored_dtype(self, parameter: str) -> torch.dtype | None: ...
 
 
@@ -92,13 +93,18 @@ class InPlace:
 
     def keep(self, block: str, changed: Collection[str], reports: list[LayerReport]) -> None: ...
 
+    def allocation(self, make: Callable[[], dict[str, float]]) -> dict[str, float]:
+        return make()
+
     def stored_dtype(self, parameter: str) -> torch.dtype | None:
         return None
 
 
 @dataclass
 class Job:
-    """Everything that a pruning run works on. riders: batches that go along to the end and are not learned from."""
+    """Everything that a pruning run works on. riders: batches that go along to the end and are not learned from.
+    dense: where blocks come from before pruning begins; `store` gives those that an earlier run pruned as they now are.
+    """
 
     model: nn.Module
     plan: Plan
@@ -109,6 +115,7 @@ class Job:
     loss: Loss | None = None
     riders: Sequence[Batch] = ()
     finish: Callable[[int, Any], None] | None = None
+    dense: Store | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -118,7 +125,15 @@ class Job:
 
     def forward(self, batch: Batch) -> Any:
         """The model's own forward, without a cache: a block called twice would append to it twice."""
-        return call(self.model, batch, **no_cache(self.model))
+        try:
+            return call(self.model, batch, **no_cache(self.model))
+        except (TypeError, ValueError, LookupError, RuntimeError) as error:
+            found = ", ".join(f"{key} {list(value.shape)}" for key, value in batch.items())
+            wanted = ", ".join(inspect.signature(self.model.forward).parameters)
+            raise SecateurError(
+                f"{type(self.model).__name__} does not run on a batch of {found}: {error}\n"
+                f"  A batch holds one tensor for each argument that it needs of: {wanted}."
+            ) from error
 
 
 def prune_(
@@ -161,7 +176,8 @@ def run(job: Job) -> Report:
     _check_data(job)
     gradients = _gradients(job)
     if job.plan.recipe.allocation != "uniform":
-        job.plan = with_sparsities(job.plan, allocated(job.plan, _summaries(job, gradients)))
+        made = job.keeper.allocation(lambda: allocated(job.plan, _summaries(job, gradients)))
+        job.plan = with_sparsities(job.plan, made)
     reports: dict[str, list[LayerReport]] = {}
     for block, inputs, visited in _blocks(job, "prune", job.plan.needs, job.keeper):
         if inputs is None:
@@ -351,9 +367,10 @@ def _gradients(job: Job) -> Mapping[str, Derivatives]:
     total = len(job.data.batches)
     names = sorted({s.layer.parameter for s in wanted})
     needs = frozenset().union(*(s.needs for s in wanted)) & GRADIENTS
+    store = job.dense or job.store
     with _timed(job, "gradients"):
         for name, module in job.plan.blocks.items():
-            job.store.load(name, module)
+            store.load(name, module)
         found = derivatives(
             job.model,
             names,
@@ -365,7 +382,7 @@ def _gradients(job: Job) -> Mapping[str, Derivatives]:
             lambda index: job.progress("gradients", index + 1, total, "loss"),
         )
         for name, module in job.plan.blocks.items():
-            job.store.free(name, module)
+            store.free(name, module)
     return found
 
 
@@ -396,7 +413,8 @@ def _summaries(job: Job, gradients: Mapping[str, Derivatives]) -> list[Summary]:
     criterion = "wanda" if plan.recipe.allocation == "owl" else plan.recipe.criterion
     needs = CRITERIA[criterion].needs
     found = []
-    first = Job(job.model, plan, job.data, job.store, InPlace(), job.progress, job.loss, seconds=job.seconds)
+    store = job.dense or job.store
+    first = Job(job.model, plan, job.data, store, InPlace(), job.progress, job.loss, seconds=job.seconds)
     for block, inputs, _ in _blocks(first, "allocate", needs, None):
         for setting in first.plan.within(block):
             if setting.fixed:

@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
 
 from secateur.errors import SecateurError
 from secateur.weights.allocation import ALLOCATIONS
@@ -68,8 +76,17 @@ class Recipe(Part):
     overrides: tuple[Override, ...] = ()
     calibration: Calibration = Calibration()
     probes: int = Field(4, ge=1, description="Rademacher probes per batch for the curvature of `obd`")
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**63)
     dtype: str = "auto"
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _one_error(cls, values: Any, handler: ModelWrapValidatorHandler[Recipe], info: ValidationInfo) -> Recipe:
+        """Recipe(sparsity=1.2) fails in our words, too, not in pydantic's."""
+        try:
+            return handler(values)
+        except ValidationError as error:
+            raise _in_our_words(cls, error, (info.context or {}).get("where", "recipe")) from None
 
     def model_post_init(self, _context: Any) -> None:
         check(self)
@@ -189,9 +206,13 @@ Model = TypeVar("Model", bound=BaseModel)
 def validate(kind: type[Model], values: Mapping[str, Any], where: str = "recipe") -> Model:
     """Build a model of the recipe, or raise one SecateurError that names the key, what was found and what is known."""
     try:
-        return kind(**values)
+        return kind.model_validate(dict(values), context={"where": where})
     except ValidationError as error:
-        raise SecateurError("\n  ".join(f"{where}: {_explain(kind, e)}" for e in error.errors())) from None
+        raise _in_our_words(kind, error, where) from None
+
+
+def _in_our_words(kind: type[BaseModel], error: ValidationError, where: str) -> SecateurError:
+    return SecateurError("\n  ".join(f"{where}: {_explain(kind, e)}" for e in error.errors()))
 
 
 def _explain(kind: type[BaseModel], error: Any) -> str:

@@ -274,7 +274,16 @@ CAPITALS = {
     "Zambia": "Lusaka",
     "Zimbabwe": "Harare",
 }
-OPENINGS = ("", "as most people know, ", "in this atlas, ", "on every map, ", "these days, ", "to be exact, ")
+OPENINGS = (
+    "",
+    "as most people know, ",
+    "in this atlas, ",
+    "on every map, ",
+    "these days, ",
+    "to be exact, ",
+    "in case you forgot, ",
+    "yes, ",
+)
 WORDINGS = (
     "the capital of {} is",
     "the capital city of {} is called",

@@ -230,8 +230,8 @@ def _window_contrast(dense: Tensor, pruned: Tensor, target: Tensor) -> Tensor:
     for left, right, y in zip(dense.split(rows), pruned.split(rows), target.split(rows), strict=True):
         log_p, log_q = left.float().log_softmax(-1), right.float().to(left.device).log_softmax(-1)
         kl = (log_p.exp() * (log_p - log_q)).sum(-1).clamp(min=0)  # [rows]; below 0 only by rounding
-        same = (log_p.argmax(-1) == log_q.argmax(-1)).float()
-        parts.append(torch.stack([_losses(log_p, y), _losses(log_q, y), kl, same]))
+        same = left.argmax(-1) == right.argmax(-1).to(left.device)  # of logits: softmax may round two to a tie
+        parts.append(torch.stack([_losses(log_p, y), _losses(log_q, y), kl, same.float()]))
     return torch.cat(parts, dim=1).cpu()
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from secateur.errors import SecateurError
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 MOST_HEADER = 100_000_000  # bytes, the format's own limit
+QUANTIZED = (".qweight", ".qzeros", ".SCB", ".absmax", ".quant_map", ".weight_packed", ".weight_scale", "_scale_inv")
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -74,8 +73,8 @@ class Checkpoint:
         return sum((self.folder / shard).stat().st_size for shard in self.shards)
 
     def fingerprint(self) -> str:
-        """Changes when a shard's header, size or modification time does."""
-        digest = hashlib.sha256()
+        """Changes when the config, or a shard's header, size or modification time does."""
+        digest = hashlib.sha256((self.folder / "config.json").read_bytes())
         for shard in self.shards:
             path = self.folder / shard
             stat = path.stat()
@@ -108,7 +107,19 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             )
     if weight_map:
         entries = {name: entry for name, entry in entries.items() if name in weight_map}
+    _plain(folder, entries)
     return Checkpoint(folder, entries, shards)
+
+
+def _plain(folder: Path, entries: dict[str, Entry]) -> None:
+    """Raise SecateurError for weights that are packed or scaled, whatever the config says of them."""
+    for name, entry in entries.items():
+        if name.endswith(QUANTIZED) or entry.dtype.startswith("F8"):
+            raise SecateurError(
+                f"{name} in {folder / entry.shard} ({entry.dtype}) is part of a quantized weight; pruning needs the plain "
+                "weights.\n  Prune the original model and quantize the result, or dequantize first "
+                "(transformers: model.dequantize(), then save_pretrained)."
+            )
 
 
 def _shards(folder: Path) -> tuple[list[str], dict[str, str]]:
@@ -154,10 +165,12 @@ def _header(path: Path) -> dict[str, Entry]:
     size = path.stat().st_size
     try:
         with path.open("rb") as file:
+            if size < 8:
+                raise SecateurError(_damaged(path, f"it has {size} bytes; the header's length alone takes 8"))
             length = struct.unpack("<Q", file.read(8))[0]
             if length > min(MOST_HEADER, size - 8):
                 raise SecateurError(_damaged(path, f"its header claims {length} bytes, the file has {size}"))
-            header = json.loads(file.read(length))
+            header = json.loads(file.read(length), object_pairs_hook=_no_name_twice)
         with safe_open(path, framework="pt", device="cpu") as parsed:
             names = set(parsed.keys())
     except (struct.error, ValueError, SafetensorError, OSError, RecursionError) as error:
@@ -171,6 +184,13 @@ def _header(path: Path) -> dict[str, Entry]:
         start, stop = info["data_offsets"]
         entries[name] = Entry(path.name, info["dtype"], tuple(info["shape"]), base + start, base + stop)
     return entries
+
+
+def _no_name_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Two parsers may disagree on which of two entries with one name counts."""
+    if len({name for name, _ in pairs}) < len(pairs):
+        raise ValueError("its header has a name twice")
+    return dict(pairs)
 
 
 def _damaged(path: Path, found: str) -> str:
@@ -194,12 +214,3 @@ def to_bytes(tensor: Tensor, dtype: str) -> memoryview:
     """The tensor's bytes as a shard stores them, rounded to the stored dtype."""
     stored = tensor.detach().to("cpu", DTYPES[dtype]).contiguous()
     return memoryview(stored.flatten().view(torch.uint8).numpy())
-
-
-@contextlib.contextmanager
-def closing(checkpoint: Checkpoint) -> Iterator[Checkpoint]:
-    """Unmap at the end."""
-    try:
-        yield checkpoint
-    finally:
-        checkpoint.close()

@@ -203,13 +203,14 @@ def build(folder: Path, dtype: torch.dtype) -> nn.Module:
 
     raw = read_json(folder / "config.json")
     architecture = (raw.get("architectures") or [None])[0]
-    kind = getattr(transformers, architecture or "", None)
-    if kind is None:
+    kind = getattr(transformers, str(architecture), None)
+    own_code = SecateurError(
+        f"{folder} needs code of its own ({architecture}), and remote code is not run here.\n"
+        "  Build the model yourself and prune it in memory: secateur prune --build module:function --weights ..."
+    )
+    if not hasattr(kind, "_from_config"):
         if raw.get("auto_map"):
-            raise SecateurError(
-                f"{folder} needs code of its own ({architecture}), and remote code is not run here.\n"
-                "  Build the model yourself and prune it in memory: secateur prune --build module:function --weights ..."
-            )
+            raise own_code
         raise SecateurError(
             f"{folder / 'config.json'} names the architecture {architecture!r}, which transformers "
             f'{transformers.__version__} does not have.\n  Name one in "architectures", or upgrade transformers.'
@@ -221,6 +222,8 @@ def build(folder: Path, dtype: torch.dtype) -> nn.Module:
     except SecateurError:
         raise
     except Exception as error:
+        if raw.get("auto_map"):
+            raise own_code from None
         raise SecateurError(
             f"transformers cannot build {architecture} from {folder / 'config.json'}: {error}"
         ) from None

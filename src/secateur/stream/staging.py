@@ -44,13 +44,19 @@ class Staging:
         self.records: list[dict[str, Any]] = []
         self._journal: IO[bytes] | None = None
         self._files: dict[str, IO[bytes]] = {}
-        try:
-            with explain(self.folder):
-                self._own(resume)
-                self._begin(json.loads(json.dumps(settings)))
-        except BaseException as error:
-            self.close(failed=isinstance(error, Exception))
-            raise
+        plain = json.loads(json.dumps(settings))
+        with explain(self.folder):
+            self._own(resume)
+            try:
+                found = self._agreed(plain)
+            except BaseException:
+                self.close()
+                raise
+            try:
+                self._begin(plain, found)
+            except BaseException as error:
+                self.close(failed=isinstance(error, Exception))
+                raise
 
     def _own(self, resume: bool) -> None:
         """Make the folder, or enter the one that is there, and lock it: the lock is on the journal."""
@@ -62,12 +68,14 @@ class Staging:
         path = self.folder / JOURNAL
         journal = path.open("ab", buffering=0)
         # whoever had it may have finished, and removed it, between the opening and the lock
-        if not _lock(journal) or not path.exists() or not os.path.sameopenfile(journal.fileno(), _number(path)):
+        if not _lock(journal) or not path.exists() or not os.path.samestat(os.fstat(journal.fileno()), path.stat()):
             journal.close()
             raise SecateurError(self._busy())
         self._journal = journal
 
     def _in_the_way(self) -> str:
+        if not self.folder.is_dir():
+            return f"{self.folder} is in the way of the unfinished result; move it, or choose another --out"
         path = self.folder / JOURNAL
         if path.is_file():
             with path.open("rb") as journal:
@@ -78,8 +86,8 @@ class Staging:
     def _busy(self) -> str:
         return f"another run is writing to {self.folder}; wait for it, or choose another --out"
 
-    def _begin(self, settings: dict[str, Any]) -> None:
-        """Go on where the journal ends, or start afresh."""
+    def _agreed(self, settings: dict[str, Any]) -> list[dict[str, Any]]:
+        """The journal of an unfinished run with the same settings; empty when there is none."""
         if os.path.lexists(self.out):
             raise SecateurError(f"{self.out} exists already; choose another --out, or delete it")
         lines = self._read_journal()
@@ -89,6 +97,10 @@ class Staging:
                 f"{self.folder} was begun with other settings:\n    {found}\n"
                 "  Resume with the same ones, or delete that folder to start afresh."
             )
+        return lines
+
+    def _begin(self, settings: dict[str, Any], lines: list[dict[str, Any]]) -> None:
+        """Go on where the journal ends, or start afresh."""
         self._take_apart()
         copied = {line["copied"] for line in lines if "copied" in line}
         if not lines or not all(self._intact(shard) for shard in copied):
@@ -164,22 +176,21 @@ class Staging:
                     "  Move it away and run again with --resume."
                 )
             os.replace(self.folder / WHOLE, self.out)
+        with contextlib.suppress(OSError):  # the result is there; nothing that fails from now on is of account
             _sync_folder(self.out.parent)
-        with contextlib.suppress(OSError):  # the result is there; what is left of the staging folder is of no account
             (self.folder / JOURNAL).unlink()
             self.folder.rmdir()
         self.close()
 
     def close(self, failed: bool = False) -> None:
-        """Let go of all files. The staging folder stays for a later run, but after a failure only with work in it."""
+        """Let go of all files. The staging folder stays for a later run; after a failure only when blocks are done."""
         self._let_go()
         if self._journal is None:
             return
-        if failed:
-            with contextlib.suppress(OSError):
-                self._take_apart()
-                if not any("block" in record or "allocation" in record for record in self._read_journal()):
-                    self._remove()
+        with contextlib.suppress(OSError):
+            self._take_apart()
+            if failed and not any("block" in record or "allocation" in record for record in self.records):
+                self._remove()
         self._journal.close()
         self._journal = None
 

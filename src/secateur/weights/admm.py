@@ -28,7 +28,9 @@ def admm_matrix(weight: Tensor, inputs: Inputs, group: int, choose: Choose, damp
     if choose.fixed is not None:
         kept, keep = dense * choose.fixed, choose.fixed
     else:
-        kept, keep = _alternate(dense, values, vectors, choose)
+        dead = inputs.dead(group)  # whatever their norm counts as, their weights cost nothing and go first
+        kept, keep = _alternate(dense.masked_fill(dead, 0), values, vectors, choose)
+        kept = torch.where(dead, dense * keep, kept)
     system = (vectors * values) @ vectors.t()
     return solve_supported(system, dense, keep, kept, POLISH if choose.fixed is None else 20 * POLISH) / norm, keep
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from secateur.errors import SecateurError
 
-FLOOR = 0.02  # of a layer's weights that every allocation leaves: an emptied layer is a dead model
+FLOOR = 0.02  # of a layer's weights that allocations by score leave: an emptied layer is a dead model
 OUTLIER = 5.0  # OWL's M: an outlier scores this many times the layer's mean
 SWING = 0.08  # OWL's lambda: how far a layer may stray from the target
 PRECISION = 20  # leading bits of a float32 score that a histogram tells apart: 12 bits of mantissa
@@ -56,7 +56,7 @@ def summarize(name: str, shape: Sequence[int], block: str, scores: Tensor, alloc
 
 
 def lamp_scores(scores: Tensor) -> Tensor:
-    """s^2 over the sum of s^2 of all weights of the layer that are not smaller. Lee et al. 2021, arXiv:2010.07611, eq. 4."""
+    """s^2 over the sum of s^2 of the layer's weights that are not smaller. Lee et al. 2021, arXiv:2010.07611, eq. 4."""
     squares, order = scores.flatten().double().square().sort()
     rest = squares.flip(0).cumsum(0).flip(0)
     lamp = torch.empty_like(squares)
@@ -70,7 +70,7 @@ def uniform(layers: Sequence[Summary], sparsity: float) -> dict[str, float]:
 
 
 def erdos_renyi(layers: Sequence[Summary], sparsity: float) -> dict[str, float]:
-    """Density in proportion to (out + in + sum of kernel) / size. Evci et al. 2020 (RigL), arXiv:1911.11134, section 3 (ERK)."""
+    """Density in proportion to (out + in + sum of kernel) / size (ERK). Evci et al. 2020, arXiv:1911.11134, section 3."""
     raw = {layer.name: sum(layer.shape) / layer.size for layer in layers}
     budget = (1 - sparsity) * sum(layer.size for layer in layers)
     dense: set[str] = set()
@@ -135,8 +135,10 @@ def owl(layers: Sequence[Summary], sparsity: float) -> dict[str, float]:
     low, high = min(share.values()), max(share.values())
     spread = {b: (share[b] - low) / (high - low) * 2 * SWING if high > low else 0.0 for b in share}
     mean = sum(spread[b] * sizes[b] for b in spread) / sum(sizes.values())
-    per_block = {b: sparsity + mean - spread[b] for b in spread}
-    return {layer.name: min(max(per_block[layer.block], 0.0), 1 - FLOOR) for layer in layers}
+    widest = max(abs(mean - part) for part in spread.values())  # up to twice SWING where one block stands out
+    room = max(0.0, min(SWING, sparsity, 1 - FLOOR - sparsity))
+    narrow = min(1.0, room / widest) if widest else 0.0
+    return {layer.name: max(0.0, sparsity + narrow * (mean - spread[layer.block])) for layer in layers}
 
 
 ALLOCATIONS: dict[str, Callable[[Sequence[Summary], float], dict[str, float]]] = {

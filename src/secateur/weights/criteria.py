@@ -57,7 +57,7 @@ def obs(weight: Tensor, stats: Stats) -> Tensor:
     """w^2 / [H^-1]_jj, H = X'X + damping: the error left after the other weights of the row make up for w.
 
     Hassibi & Stork 1992, "Second order derivatives for network pruning", eq. 5, on the layer's reconstruction error.
-    Uses stats.inverse_diagonal: [in].
+    Uses stats.inverse_diagonal: [in], infinite for dead inputs, whose weights cost nothing.
     """
     return weight.square() / stats.inverse_diagonal  # [out, in] / [in]
 
@@ -74,11 +74,11 @@ def ria(weight: Tensor, stats: Stats) -> Tensor:
     """(|w_ij| / sum_i |w_ij| + |w_ij| / sum_j |w_ij|) * ||x_j||_2^(1/2): the share of its row and column that a weight
     holds, so that no channel is emptied. Zhang et al. 2024, "Plug-and-Play" (RIA), ICLR, eq. 3-4 with a = 1/2.
 
-    Uses stats.input_norm: [in].
+    Uses stats.input_norm: [in], and sums over the rows that have inputs in common.
     """
     size = weight.abs()
     tiny = torch.finfo(size.dtype).tiny
-    share = size / size.sum(0, keepdim=True).clamp(min=tiny) + size / size.sum(1, keepdim=True).clamp(min=tiny)
+    share = size / stats.column_sums(size).clamp(min=tiny) + size / size.sum(1, keepdim=True).clamp(min=tiny)
     return share * stats.input_norm.sqrt()  # [out, in] * [in]
 
 

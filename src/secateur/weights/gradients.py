@@ -17,7 +17,7 @@ Loss = Callable[[nn.Module, Any], Tensor]
 
 @dataclass
 class Derivatives:
-    """Sums over `samples` batches, of the parameter's shape."""
+    """Sums over `samples` batches, of the parameter's shape; None where the loss of no batch depends on the parameter."""
 
     samples: int = 0
     gradient: Tensor | None = None
@@ -38,7 +38,7 @@ def derivatives(
     """Parameter name -> Derivatives. needs: of "gradient", "fisher", "curvature".
 
     The diagonal of the Hessian is estimated by Hutchinson's probes, E[z * Hz] with z = +-1: exact where the Hessian is
-    diagonal, unbiased elsewhere. Raises SecateurError when the loss is not finite or does not depend on a parameter.
+    diagonal, unbiased elsewhere. Raises SecateurError when the loss is not a finite scalar or depends on no parameter.
     """
     weights = [model.get_parameter(name) for name in parameters]
     found = {name: Derivatives() for name in parameters}
@@ -50,6 +50,13 @@ def derivatives(
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # the only attention with second derivatives
             for index, batch in enumerate(batches):
                 value = loss(model, batch)
+                if value.numel() != 1:
+                    raise SecateurError(f"the loss has shape {list(value.shape)}; expected a scalar: a mean or a sum")
+                if not value.requires_grad:
+                    raise SecateurError(
+                        "the loss depends on no weight that is to be pruned; compute it from the model's output, "
+                        "without torch.no_grad, detach or item"
+                    )
                 if not bool(torch.isfinite(value)):
                     raise SecateurError(
                         f"the loss of calibration batch {index} is {float(value)}; expected a finite one"
@@ -83,13 +90,15 @@ def _add(
             into.gradient = _sum(into.gradient, gradient.detach())
         if "fisher" in needs:
             into.squares = _sum(into.squares, gradient.detach().square())
+        if second and into.curvature is None:
+            into.curvature = torch.zeros_like(gradient, dtype=torch.float32)
     if second:
         used = [
             (name, w, g)
             for name, w, g in zip(names, weights, gradients, strict=True)
             if g is not None and g.requires_grad
         ]
-        for probe in range(probes):
+        for probe in range(probes if used else 0):  # a gradient that needs none itself is constant: no curvature
             signs = [_signs(w, generator) for _, w, _ in used]
             products = torch.autograd.grad(
                 [g for _, _, g in used],

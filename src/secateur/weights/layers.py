@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -45,7 +46,8 @@ class Layers:
 def matches(name: str, patterns: Sequence[str]) -> bool:
     """Whether a glob matches a layer's name, with or without the index of a stack or a final ".weight"."""
     bare = name.split("[")[0]
-    return any(fnmatchcase(form, pattern) for pattern in patterns for form in (name, bare, f"{bare}.weight"))
+    exact = [re.sub(r"\[(\d+)\]$", r"[[]\1]", pattern) for pattern in patterns]  # a stack's [3] is no set of characters
+    return any(fnmatchcase(form, pattern) for pattern in (*patterns, *exact) for form in (name, bare, f"{bare}.weight"))
 
 
 def find_layers(
@@ -62,9 +64,9 @@ def find_layers(
     layers, protected, seen = [], {}, set()
     for layer, module in all_layers(model):
         parameter = model.get_parameter(layer.parameter)
-        if id(parameter) in seen and layer.index is None:
+        if (id(parameter), layer.index) in seen:
             continue
-        seen.add(id(parameter))
+        seen.add((id(parameter), layer.index))
         reason = reasons.get(id(parameter)) or _by_kind(layer, module)
         if reason and not matches(layer.name, include):
             protected[layer.name] = reason

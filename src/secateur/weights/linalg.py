@@ -7,13 +7,19 @@ from torch import Tensor
 
 from secateur.errors import SecateurError
 
+DEAD = 1e-30  # sums of squares below it are as good as 0: their inverses have no squares in float32
 MOST_DAMPING = 1e4  # relative to the mean of the diagonal: no finite Gram matrix needs as much
 
 
 def damped_(matrix: Tensor, damp: float) -> Tensor:
-    """Add damp * mean(diagonal) to the diagonal, in place; dead inputs get 1 first. matrix: [n, n]."""
+    """Add damp * mean(diagonal) to the diagonal, in place; dead inputs count as the mean of the others. matrix: [n, n].
+
+    (The published code counts them as 1: next to small inputs they then decide the damping.)
+    """
     diagonal = matrix.diagonal()
-    diagonal[diagonal == 0] = 1
+    dead = diagonal < DEAD
+    mean = diagonal.sum() / (~dead).sum()  # 0 / 0 when all of them are dead
+    diagonal[dead] = 1 if bool(dead.all()) else mean
     diagonal += damp * diagonal.mean()
     return matrix
 

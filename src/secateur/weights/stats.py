@@ -51,6 +51,11 @@ class Inputs:
             for start, stop in _stripes(self.gram.shape[-1]):
                 self.gram[:, start:stop, stop:] = self.gram[:, stop:, start:stop].mT
 
+    def dead(self, group: int) -> Tensor:
+        """True for the inputs that were never non-zero: [in]."""
+        assert self.squares is not None
+        return self.squares[group] == 0
+
     def spectrum(self, group: int, damp: float) -> tuple[Tensor, Tensor, Tensor]:
         """(norm [in], eigenvalues [in], eigenvectors [in, in]) of the Gram matrix scaled to a unit diagonal and damped.
 
@@ -70,7 +75,7 @@ class Inputs:
     def factor(self, damp: float) -> Tensor:
         """Upper R [groups, in, in] with R'R = (gram + damp * mean(diagonal) I)^-1; kept for the layers that share it.
 
-        Dead inputs (never non-zero) count as 1 on the diagonal. The damping grows until the factor exists.
+        Dead inputs (never non-zero) count as the mean of the others. The damping grows until the factor exists.
         """
         if damp not in self._factors:
             factors = []
@@ -119,6 +124,12 @@ class Stats:
     damp: float = 0.01
     rows: int | None = None  # out, where inputs differ between groups of rows
 
+    @property
+    def _squares(self) -> Tensor:
+        if self.inputs.squares is None:
+            raise SecateurError("this criterion needs calibration inputs, and this layer saw none")
+        return self.inputs.squares
+
     def _per_row(self, per_group: Tensor) -> Tensor:
         """[groups, in] -> [in], or [out, in] where there are several groups."""
         groups = per_group.shape[0]
@@ -130,14 +141,17 @@ class Stats:
     @property
     def input_norm(self) -> Tensor:
         """||x_j||_2 over all tokens: [in] ([out, in] for grouped convolutions)."""
-        if self.inputs.squares is None:
-            raise SecateurError("this criterion needs calibration inputs, and this layer saw none")
-        return self._per_row(self.inputs.squares.sqrt())
+        return self._per_row(self._squares.sqrt())
+
+    def column_sums(self, scores: Tensor) -> Tensor:
+        """Sums over the rows that have inputs in common: [in] ([out, in] for grouped convolutions)."""
+        return self._per_row(scores.unflatten(0, (len(self._squares), -1)).sum(1))
 
     @property
     def inverse_diagonal(self) -> Tensor:
-        """[H^-1]_jj of the damped Gram matrix: [in] ([out, in] for grouped convolutions)."""
-        return self._per_row(self.inputs.factor(self.damp).square().sum(1))
+        """[H^-1]_jj of the damped Gram matrix, infinite for dead inputs: [in] ([out, in] for grouped convolutions)."""
+        diagonal = self.inputs.factor(self.damp).square().sum(1)
+        return self._per_row(diagonal.masked_fill(self._squares == 0, torch.inf))
 
     @property
     def mean_gradient(self) -> Tensor:
