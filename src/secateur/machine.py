@@ -11,7 +11,7 @@ import torch
 from secateur.errors import SecateurError
 
 SIDE, EIGEN_SIDE, SCORES = 512, 192, 1 << 18  # sizes of what the rates are measured on
-SPENT = 0.08  # seconds per rate; the fastest call counts
+SPENT = 0.08  # seconds per rate
 
 
 @dataclass(frozen=True)
@@ -69,16 +69,15 @@ def _choose(scores: torch.Tensor) -> torch.Tensor:
 
 
 def _seconds(work: Callable[[], object], device: str) -> float:
-    """Of the fastest call; the first does not count."""
+    """Of one call, on average, so that what else runs on the machine counts; the first call does not."""
     work()
-    started, best = time.perf_counter(), float("inf")
-    while best == float("inf") or time.perf_counter() - started < SPENT:
-        _wait(device)
-        begun = time.perf_counter()
+    _wait(device)
+    started, calls = time.perf_counter(), 0
+    while (spent := time.perf_counter() - started) < SPENT or calls < 2:
         work()
         _wait(device)
-        best = min(best, time.perf_counter() - begun)
-    return best
+        calls += 1
+    return spent / calls
 
 
 def _wait(device: str) -> None:

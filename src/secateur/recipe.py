@@ -157,7 +157,7 @@ def check(recipe: Recipe) -> None:
             parse(override.granularity)
     for axis, value, known in named:
         if value is not None and value not in known:
-            raise SecateurError(f"unknown {axis} {value!r}{_nearest(value, known)}; known: {', '.join(known)}")
+            raise SecateurError(f"unknown {axis} {value!r}{nearest(value, known)}; known: {', '.join(known)}")
     if recipe.dtype not in DTYPES:
         raise SecateurError(f"unknown dtype {recipe.dtype!r}; known: {', '.join(DTYPES)}")
     granularity = parse(recipe.granularity)
@@ -169,7 +169,8 @@ def check(recipe: Recipe) -> None:
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 
-def _nearest(word: str, known: Any) -> str:
+def nearest(word: str, known: Any) -> str:
+    """ " (did you mean 'x'?)" where a known word is close, for messages."""
     close = difflib.get_close_matches(word, list(known), 1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
@@ -190,14 +191,63 @@ METHODS: dict[str, dict[str, Any]] = {
     "taylor": {"criterion": "taylor", "granularity": "layer", "update": "none"},
     "random": {"criterion": "random", "granularity": "layer", "update": "none"},
 }
-DEFAULT_METHOD = "admm"
+DEFAULT_METHOD, DEFAULT_SPARSITY = "admm", 0.5
+
+ABOUT: dict[str, str] = {
+    "admm": "Least squares with the mask as part of the problem. The default. Boza 2024; ALPS, Meng et al. 2024",
+    "sparsegpt": "Column by column, the weights that stay make up for those that go. Frantar & Alistarh 2023",
+    "wanda": "Weight times input norm, within each row; weights do not change. Sun et al. 2023",
+    "wanda-refit": "Wanda's choice, then least-squares values for what stays. Sun et al. 2023",
+    "ria": "A weight's share of its row and column, times the input norm. Zhang et al. 2024",
+    "magnitude": "The smallest weights of each layer; reads no data. Han et al. 2015",
+    "global-magnitude": "The smallest weights of the whole model; reads no data. Han et al. 2015",
+    "lamp": "Magnitude, with scores that compare across layers; reads no data. Lee et al. 2021",
+    "owl": "Wanda, with less from layers that have more outliers. Yin et al. 2024",
+    "obs": "Optimal brain surgeon's choice, layer by layer; weights do not change. Hassibi & Stork 1992",
+    "obd": "Curvature of the loss; needs the whole model in memory. LeCun et al. 1989",
+    "fisher": "Empirical Fisher information; needs the whole model in memory. Theis et al. 2018",
+    "taylor": "Weight times gradient of the loss; needs the whole model in memory. Molchanov et al. 2017",
+    "random": "No information at all: the baseline that every method has to beat",
+}
 
 
 def method(name: str, **changes: Any) -> Recipe:
     """A named recipe, with changes: method("sparsegpt", granularity="2:4"). Raises SecateurError."""
+    return validate(Recipe, METHODS[_known_method(name)] | changes)
+
+
+def _known_method(name: str) -> str:
     if name not in METHODS:
-        raise SecateurError(f"unknown method {name!r}{_nearest(name, METHODS)}; known: {', '.join(METHODS)}")
-    return validate(Recipe, METHODS[name] | changes)
+        raise SecateurError(f"unknown method {name!r}{nearest(str(name), METHODS)}; known: {', '.join(METHODS)}")
+    return name
+
+
+class Run(Recipe):
+    """A recipe, and what to apply it to: a model folder, or a function that builds a module and its weights."""
+
+    model: str | None = None
+    out: Path | None = None
+    build: str | None = None
+    weights: Path | None = None
+    method: str | None = Field(None, description="the named recipe that the other keys change")
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe alone."""
+        return Recipe(**{key: getattr(self, key) for key in Recipe.model_fields})
+
+
+def make_run(values: Mapping[str, Any], where: str = "recipe") -> Run:
+    """From the keys of a Run, those of its method filled in; what stands nowhere has a default. Raises SecateurError.
+
+    A threshold without a method takes magnitude. Without a sparsity, threshold or N:M pattern the sparsity is 0.5.
+    """
+    name = values.get("method")
+    if name is None:
+        name = "magnitude" if values.get("threshold") and "criterion" not in values else DEFAULT_METHOD
+    base = METHODS[_known_method(name)] | {key: value for key, value in values.items() if value is not None}
+    amounts = ("sparsity" in base, "threshold" in base, ":" in str(base.get("granularity", "")))
+    return validate(Run, base if any(amounts) else base | {"sparsity": DEFAULT_SPARSITY}, where)
 
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -219,7 +269,7 @@ def _explain(kind: type[BaseModel], error: Any) -> str:
     path = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         known = _fields(kind, error["loc"][:-1])
-        return f"unknown key {path!r}{_nearest(str(error['loc'][-1]), known)}; known: {', '.join(known)}"
+        return f"unknown key {path!r}{nearest(str(error['loc'][-1]), known)}; known: {', '.join(known)}"
     return f"{path} is {error['input']!r}: {error['msg'].lower()}"
 
 

@@ -111,6 +111,16 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(folder, entries, shards)
 
 
+def open_file(path: Path) -> Checkpoint:
+    """A single safetensors file, by whatever name. Raises SecateurError."""
+    entries = _header(path)
+    _plain(path.parent, entries)
+    for name, entry in entries.items():
+        if entry.dtype not in DTYPES:
+            raise SecateurError(f"{name} in {path} is stored as {entry.dtype}; known: {', '.join(DTYPES)}")
+    return Checkpoint(path.parent, entries, [path.name])
+
+
 def _plain(folder: Path, entries: dict[str, Entry]) -> None:
     """Raise SecateurError for weights that are packed or scaled, whatever the config says of them."""
     for name, entry in entries.items():
