@@ -18,9 +18,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 from conftest import VOCABULARY, batches, contents, fingerprint, text
-from secateur import Recipe, SecateurError, method, prune
+from secateur import Recipe, SecateurError, method, pipeline, prune
+from secateur.cli import app
 from secateur.recipe import read_yaml, validate
 from secateur.stream.staging import staging_folder
 
@@ -734,3 +736,106 @@ def test_one_clear_error(row: Row, given: Input, llama: Path, tmp_path: Path) ->
     shutil.rmtree(partial)
     prune(llama, method("wanda", sparsity=0.5), batches(), given.out)
     assert "config.json" in contents(given.out)
+
+
+COMMANDS: list[tuple[Callable[[Input], None], list[str]]] = [
+    (truncated_shard, []),
+    (header_larger_than_the_file, []),
+    (index_that_points_outside, []),
+    (nan_in_the_embedding, []),
+    (gptq, []),
+    (adapter, []),
+    (code_of_its_own, []),
+    (pickles, []),
+    (output_that_is_the_input, []),
+    (output_inside_the_input, []),
+    (output_that_is_a_file, []),
+    (output_with_an_unfinished_run, []),
+    (no_input, []),
+    (no_tokenizer, ["--method", "wanda"]),
+    (short_text, ["--method", "wanda", "--calibration", "text.txt", "--samples", "10", "--length", "8"]),
+    (
+        text_that_cannot_be_decoded,
+        ["--method", "wanda", "--calibration", "text.txt", "--samples", "2", "--length", "8"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("broken", "options"), COMMANDS, ids=[broken.__name__ for broken, _ in COMMANDS])
+@pytest.mark.parametrize("as_json", [False, True], ids=["", "json"])
+def test_on_the_command_line(
+    broken: Callable[[Input], None],
+    options: list[str],
+    as_json: bool,
+    given: Input,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Exit code 2, the message on stderr without a traceback, and with --json as the only thing on stdout."""
+    broken(given)
+    words = next(row.words for row in TABLE if row.broken is broken)
+    before, files = fingerprint(tmp_path / "in"), sorted(tmp_path.rglob("*"))
+    monkeypatch.chdir(tmp_path / "in")
+    method = [] if "--method" in options else ["--method", "magnitude"]
+    done = CliRunner().invoke(
+        app, ["prune", str(given.folder), "--out", str(given.out), *method, *options, *(["--json"] if as_json else [])]
+    )
+    assert done.exit_code == 2, done.output
+    assert all(word in done.stderr for word in words), done.stderr
+    assert done.stderr.startswith("secateur: ") or "\nsecateur: " in done.stderr
+    assert "Traceback" not in done.output
+    if as_json:
+        assert set(json.loads(done.stdout)) == {"error"}
+    assert fingerprint(tmp_path / "in") == before
+    assert sorted(tmp_path.rglob("*")) == files
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--sparsity", "1.2"], ["sparsity", "1.2"]),
+        (["--sparsity", "nan"], ["sparsity", "nan"]),
+        (["--sparsity", "half"], ["sparsity", "half"]),
+        (["--pattern", "3:5", "--method", "wanda"], ["q_proj", "[8, 8]", "multiple of 5", "--protect"]),
+        (["--pattern", "5:3"], ["5:3"]),
+        (["--method", "wonda"], ["wonda", "did you mean 'wanda'?"]),
+        (["--protect", "*.gate_prj", "--method", "magnitude"], ["*.gate_prj", "matches no layer"]),
+        (["--recipe", "recipe.yaml"], ["recipe.yaml", "'sparsty'", "did you mean 'sparsity'?"]),
+        (["--recipe", "nothing.yaml"], ["nothing.yaml"]),
+        (["--calibration", "nothing.txt", "--method", "wanda"], ["nothing.txt", "does not exist"]),
+        (["--device", "toaster"], ["toaster"]),
+    ],
+    ids=lambda value: " ".join(value) if value[0].startswith("--") else "",
+)
+def test_wrong_options(
+    options: list[str], words: list[str], given: Input, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path / "in")
+    Path("recipe.yaml").write_text("criterion: wanda\nsparsty: 0.5\n")
+    before = fingerprint(tmp_path)
+    done = CliRunner().invoke(app, ["prune", str(given.folder), "--out", str(given.out), *options])
+    assert done.exit_code == 2, done.output
+    assert all(word in done.stderr for word in words), done.stderr
+    assert "Traceback" not in done.output
+    assert fingerprint(tmp_path) == before
+
+
+def test_code_in_the_folder_is_never_run(given: Input, tmp_path: Path) -> None:
+    """Not even for a model that transformers has a class for: then its own class is used."""
+    plant(given)
+    given.settings("config.json", auto_map={"AutoModelForCausalLM": "modeling_own.OwnModel"})
+    prune(given.folder, given.recipe(), given.data, given.out)
+    assert not any(path.name in ("ran", "modeling_own.py") for path in given.out.iterdir())
+    assert not (given.folder / "ran").exists()
+    assert "modeling_own" not in sys.modules
+
+
+def test_a_result_that_does_not_answer_as_in_memory(given: Input, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reload that differs is no result: it gets no name."""
+    monkeypatch.setattr(pipeline, "difference", lambda *_: math.nan)
+    with pytest.raises(SecateurError, match=r"reloaded result.*differs.*not given its name"):
+        prune(llama, given.recipe(), given.data, given.out)
+    assert not given.out.exists()
+    assert not list(staging_folder(given.out).rglob("*.json"))
+    monkeypatch.undo()
+    prune(llama, given.recipe(), given.data, given.out, resume=True)

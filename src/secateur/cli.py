@@ -1,352 +1,432 @@
-"""The command line: arguments in, calls, rich output. Nothing here computes."""
+"""The command line: it parses, calls and prints. Results go to stdout, progress and errors to stderr."""
 
 from __future__ import annotations
 
 import json
+import math
+import shutil
 import sys
+import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.text import Text
+from typer.core import TyperGroup
 
+from secateur import display, options
 from secateur._version import __version__
 from secateur.errors import SecateurError
+from secateur.estimate import Load, expect
+from secateur.machine import rates
+from secateur.memory import available_memory
+from secateur.plan import Plan
+from secateur.prune import Report
+from secateur.recipe import Calibration, Run, make_run, read_yaml, to_yaml, validate
 
-ABOUT = """Prune neural networks: smaller, verified, reloadable in stock libraries.
+HELP = """Prune neural networks: set a model's least important weights to zero, and get a folder that stock
+libraries load, verified.
 
-[bold]Examples[/bold]
+**Examples**
 
-  secateur demo
-  secateur prune ./my-llama --sparsity 0.5 --out ./pruned
-  secateur prune ./my-llama --pattern 2:4 --method sparsegpt --calibration c4.jsonl --out ./pruned
-  secateur prune ./my-llama --sparsity 0.5 --out ./pruned --resume
-  secateur recipe admm --sparsity 0.6 > mine.yaml
-  secateur run mine.yaml
-  secateur eval ./pruned --against ./my-llama --text wiki.txt
+    secateur doctor ./llama                        what can be pruned, and how
+    secateur prune ./llama --out ./pruned          half of the weights
+    secateur prune ./llama --pattern 2:4 --calibration c4.jsonl --out ./p24
+    secateur eval ./pruned --against ./llama --text wiki.txt
+    secateur recipe sparsegpt > mine.yaml          a recipe to edit ...
+    secateur prune ./llama --recipe mine.yaml --out ./pruned    ... and use
 
-[bold]Exit codes[/bold]  0 done; 1 a fault of secateur; 2 a mistake in the input, the recipe or the machine, explained in
-one message; 130 interrupted, go on with --resume.
+A model is a local Hugging Face folder, or a hub id such as org/name. It is never changed: the result goes to a new
+folder, which appears under its name only when it is whole, loads again, and answers as it did in memory.
+
+**Exit codes**
+
+    0    done
+    1    an error inside secateur: please report it
+    2    a mistake in the input, the recipe or the command, or a limit of
+         the machine: the message names the way out
+    130  interrupted: go on with the same command and --resume
+
+Every command but recipe takes --json: its result, or {"error": ...}, is then the only thing on stdout.
 """
-ZEROS = (
-    "Zeros in a dense tensor make neither the file smaller nor the model faster by themselves: "
-    "sparse storage and sparse kernels do."
-)
-app = typer.Typer(help=ABOUT, no_args_is_help=True, rich_markup_mode="rich", add_completion=False)
-screen, errors = Console(), Console(stderr=True)
 
-Model = Annotated[str, typer.Argument(help="A Hugging Face model folder, or a hub id where the network allows.")]
-Out = Annotated[Path, typer.Option("--out", help="The folder to make. It must not exist.")]
-Sparsity = Annotated[float | None, typer.Option(help="Share of the weights to remove, in \\[0, 1).")]
-Pattern = Annotated[str | None, typer.Option(help="N:M: keep N of every M weights, for example 2:4.")]
-Method = Annotated[str | None, typer.Option(help="A named recipe; see `secateur recipe --list`.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="Print errors only.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on where an unfinished run stopped, or start afresh.")]
-Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda.")]
+SMALL_TEXT = """No --calibration: learning from the small text that ships with secateur. Text like what the model will
+read is better."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """What to print: json is for programs, quiet for scripts."""
+
+    json: bool = False
+    quiet: bool = False
+
+    @property
+    def chatty(self) -> bool:
+        """Whether a person reads along."""
+        return not (self.json or self.quiet)
+
+    def show(self, *parts: Any) -> None:
+        """Print for people."""
+        if self.chatty:
+            console = Console(highlight=False)
+            for part in parts:
+                console.print(part)
+
+    def result(self, details: dict[str, Any], line: str) -> None:
+        """Print the result: JSON, a line for scripts, or nothing where `show` has said it."""
+        if self.json:
+            _print_json(details)
+        elif self.quiet:
+            print(line)
+
+    def bars(self) -> display.Bars:
+        """Progress on stderr."""
+        return display.Bars(Console(stderr=True, highlight=False), self.chatty)
+
+
+class Commands(TyperGroup):
+    """All commands, and the one place where their errors become messages and exit codes."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command."""
+        words = [*getattr(ctx, "_protected_args", []), *ctx.args]
+        as_json = "--json" in words
+        try:
+            return super().invoke(ctx)
+        except (typer.Exit, typer.Abort, BrokenPipeError):
+            raise
+        except SecateurError as error:
+            raise _fail(str(error), 2, as_json) from None
+        except KeyboardInterrupt:
+            on = " Go on with the same command and --resume." if words[:1] in (["prune"], ["run"]) else ""
+            raise _fail(f"interrupted.{on}", 130, as_json) from None
+        except Exception as error:
+            if hasattr(error, "format_message"):  # of the command line itself
+                if as_json:
+                    _print_json({"error": error.format_message()})  # type: ignore[attr-defined]
+                raise
+            traceback.print_exc()
+            raise _fail(f"internal error, please report it: {type(error).__name__}: {error}", 1, as_json) from None
+
+
+def _fail(message: str, code: int, as_json: bool) -> typer.Exit:
+    if as_json:
+        _print_json({"error": message})
+    print(f"secateur: {message}", file=sys.stderr)
+    return typer.Exit(code)
+
+
+def _print_json(details: Any) -> None:
+    print(json.dumps(_finite(details), indent=2, allow_nan=False, default=str))
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity and no NaN."""
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+app = typer.Typer(
+    cls=Commands,
+    help=HELP,
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 
 
 def main() -> None:
-    """Entry point: turns errors into messages and exit codes."""
-    _hush()
-    try:
-        app(standalone_mode=False)
-    except SecateurError as error:
-        _fail(str(error), 2)
-    except KeyboardInterrupt:
-        _fail("interrupted; nothing is lost: the same command with --resume goes on", 130)
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
-    except Exception as error:
-        if type(error).__module__.startswith(("click", "typer")):
-            _fail(error.format_message() if hasattr(error, "format_message") else str(error), 2)  # type: ignore[attr-defined]
-        raise
+    """The entry point."""
+    app(prog_name="secateur")
 
 
-@app.command()
-def prune(
-    model: Model,
-    out: Out,
-    sparsity: Sparsity = None,
-    pattern: Pattern = None,
-    method: Method = None,
-    recipe: Annotated[Path | None, typer.Option(help="A recipe in YAML, instead of --method.")] = None,
-    calibration: Annotated[Path | None, typer.Option(help="Text, JSON Lines or saved tensors.")] = None,
-    field: Annotated[str | None, typer.Option(help="The field of the JSON Lines.")] = None,
-    samples: Annotated[int | None, typer.Option(help="Calibration windows.")] = None,
-    length: Annotated[int | None, typer.Option(help="Tokens in a window.")] = None,
-    protect: Annotated[list[str] | None, typer.Option(help="Glob of layers to leave alone.")] = None,
-    include: Annotated[list[str] | None, typer.Option(help="Glob of layers to prune that are protected.")] = None,
-    seed: Annotated[int | None, typer.Option()] = None,
-    dtype: Annotated[str | None, typer.Option(help="What to compute in.")] = None,
-    device: Device = "cpu",
-    resume: Resume = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, show the plan, write nothing.")] = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
+@app.callback()
+def _start(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
 ) -> None:
-    """Prune a checkpoint into a folder that stock transformers loads."""
-    from secateur.recipe import DEFAULT_METHOD, METHODS, Recipe, read_yaml, to_yaml, validate
-    from secateur.recipe import method as named
-
-    base = read_yaml(recipe) if recipe else dict(METHODS.get(method or DEFAULT_METHOD, {}))
-    if recipe is None:
-        named(method or DEFAULT_METHOD, sparsity=0.5)  # an unknown name is an error
-    changes = {"seed": seed, "dtype": dtype, "protect": protect or None, "include": include or None}
-    if pattern or sparsity is not None or recipe is None:
-        base.pop("sparsity", None)
-        changes |= {"granularity": pattern, "sparsity": sparsity if pattern or sparsity is not None else 0.5}
-    asked = {"source": calibration, "field": field, "samples": samples, "length": length}
-    asked = {key: value for key, value in asked.items() if value is not None}
-    if asked:
-        changes["calibration"] = dict(base.get("calibration") or {}) | asked
-    chosen = validate(Recipe, base | {key: value for key, value in changes.items() if value is not None})
-    if not quiet and not as_json:
-        screen.print(f"[dim]{to_yaml(chosen)}[/dim]", end="")
-    _prune(model, chosen, out, resume, device, dry_run, as_json, quiet)
-
-
-def _prune(
-    model: str, recipe: Any, out: Path, resume: bool, device: str, dry: bool, as_json: bool, quiet: bool
-) -> None:
-    from secateur.pipeline import examine
-    from secateur.pipeline import prune as run_pipeline
-
-    quiet = quiet or as_json
-    if not quiet and recipe.needs() and recipe.calibration.source is None:
-        screen.print("calibration: the small text that ships with secateur; your own is better (--calibration FILE)")
-    if dry:
-        found = examine(model, recipe, None, out, device)
-        plan = {"layers": [s.layer.name for s in found.plan.settings], "protected": dict(found.plan.protected)}
-        _show(plan, as_json, lambda: screen.print(f"{len(plan['layers'])} layers to prune; nothing was written"))
-        return
-    with _progress(quiet) as report_progress:
-        report = run_pipeline(model, recipe, None, out, resume=resume, device=device, progress=report_progress)
-    result = {
-        "out": str(out),
-        "sparsity": report.sparsity,
-        "measures": report.measures,
-        "seconds": report.seconds,
-        "peak_memory_bytes": report.peak_memory,
-        "verified": report.verified,
-        "notes": report.notes,
-    }
-    if not quiet or as_json:
-        _show(result, as_json, lambda: _summary(report, out))
-
-
-def _summary(report: Any, out: Path) -> None:
-    before, after = report.measures["before"], report.measures["after"]
-    table = Table("", "before", "after")
-    table.add_row("weights on disk, MB", f"{before['bytes'] / 1e6:.1f}", f"{after['bytes'] / 1e6:.1f}")
-    if "perplexity" in after and "perplexity" in before:
-        windows = f"perplexity, {after['windows']} windows of the calibration source"
-        table.add_row(windows, f"{before['perplexity']:.2f}", f"{after['perplexity']:.2f}")
-    table.add_row(f"zeros in {len(report.layers)} layers", "", f"{report.sparsity:.2%}")
-    screen.print(table)
-    stages = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in report.seconds.items())
-    screen.print(f"time: {stages}; peak memory {report.peak_memory / 1e9:.2f} GB")
-    screen.print(f"verified: reloaded by {report.verified['how']}, difference {report.verified['difference']:.1g}")
-    for note in report.notes[:10]:
-        screen.print(f"note: {note}")
-    screen.print(f"{ZEROS}\nwritten to {out}")
-
-
-@app.command()
-def run(
-    job: Annotated[Path, typer.Argument(help="A recipe in YAML that also names model and out.")],
-    resume: Resume = False,
-    device: Device = "cpu",
-    dry_run: Annotated[bool, typer.Option("--dry-run")] = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-) -> None:
-    """Run a recipe that names its model and its output folder."""
-    from secateur.recipe import METHODS, Recipe, read_yaml, validate
-    from secateur.recipe import method as named
-
-    values = read_yaml(job)
-    missing = [key for key in ("model", "out") if key not in values]
-    if missing:
-        raise SecateurError(
-            f"{job} names no {' and no '.join(missing)}; add them, or use `secateur prune --recipe {job}`"
-        )
-    model, out = str(values.pop("model")), Path(values.pop("out"))
-    name = values.pop("method", None)
-    if name is not None:
-        named(name, sparsity=0.5)
-    _prune(
-        model, validate(Recipe, METHODS.get(name, {}) | values, str(job)), out, resume, device, dry_run, as_json, quiet
-    )
-
-
-@app.command()
-def recipe(
-    method: Annotated[str | None, typer.Argument(help="The method to print.")] = None,
-    sparsity: Sparsity = None,
-    pattern: Pattern = None,
-    list_: Annotated[bool, typer.Option("--list", help="List all methods.")] = False,
-) -> None:
-    """Print a method as YAML, to be edited."""
-    from secateur.recipe import METHODS, to_yaml
-    from secateur.recipe import method as named
-
-    if list_ or method is None:
-        table = Table("method", "criterion", "granularity", "allocation", "update")
-        for name, axes in METHODS.items():
-            table.add_row(name, *(axes.get(a, "uniform") for a in ("criterion", "granularity", "allocation", "update")))
-        screen.print(table)
-        return
-    changes: dict[str, Any] = (
-        {"granularity": pattern} if pattern else {"sparsity": 0.5 if sparsity is None else sparsity}
-    )
-    print(to_yaml(named(method, **changes)), end="")
-
-
-@app.command(name="eval")
-def evaluate(
-    model: Model,
-    text: Annotated[Path, typer.Option(help="Text or JSON Lines to read.")],
-    against: Annotated[str | None, typer.Option(help="The dense model.")] = None,
-    field: Annotated[str | None, typer.Option()] = None,
-    samples: Annotated[int, typer.Option(help="Windows.")] = 64,
-    length: Annotated[int, typer.Option(help="Tokens in a window.")] = 512,
-    as_json: Json = False,
-    quiet: Quiet = False,
-) -> None:
-    """Perplexity, and beside the dense model KL and top-1 agreement, paired, with 95 % intervals."""
-    from secateur.data import load_text, windows
-    from secateur.measure.quality import compare
-    from secateur.measure.quality import evaluate as measure
-    from secateur.pipeline import load_tokenizer, resolve
-
-    folder = resolve(model)
-    dense = resolve(against) if against else None
-    content, _ = load_text(text, field)
-    tokenizer = load_tokenizer(dense or folder)
-    if tokenizer is None:
-        raise SecateurError(f"{dense or folder} has no tokenizer; copy the original model's tokenizer files into it")
-    ids = windows(content, tokenizer, length, samples, seed=None)
-    with _progress(quiet or as_json) as progress:
-        each: Callable[[int, int], None] = lambda done, of: progress("evaluate", done, of, "")  # noqa: E731
-        if dense is None:
-            found = measure(_load(folder), ids, progress=each).as_dict()
-        else:
-            found = compare(_load(dense), _load(folder), ids, progress=each).as_dict()
-    _show(found, as_json, lambda: _quality(found))
-
-
-def _quality(found: dict[str, Any]) -> None:
-    table = Table("", "value", "95 % interval")
-    for key, value in found.items():
-        if isinstance(value, dict) and "low" in value:
-            table.add_row(key, f"{value['value']:.4g}", f"{value['low']:.4g} to {value['high']:.4g}")
-        elif isinstance(value, dict) and "perplexity" in value:
-            table.add_row(f"perplexity, {key}", f"{value['perplexity']:.3f}", "")
-        elif key == "perplexity":
-            table.add_row(key, f"{value:.3f}", "")
-    screen.print(table)
-
-
-def _load(folder: Path) -> Any:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    try:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    except Exception as error:
-        raise SecateurError(
-            f"{folder} does not load as a causal language model: {str(error).splitlines()[0]}"
-        ) from None
-
-
-@app.command()
-def demo(
-    out: Annotated[Path | None, typer.Option(help="Keep the pruned models below this folder.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Prune the small model that ships, in four ways, and measure what it cost."""
-    from dataclasses import asdict
-
-    from secateur.demo.run import demo as run_demo
-
-    with _progress(as_json) as progress:
-        rows = run_demo(out, progress)
-    _show([asdict(row) for row in rows], as_json, lambda: _demo_table(rows))
-
-
-def _demo_table(rows: list[Any]) -> None:
-    table = Table("", *(row.name for row in rows), title="The shipped demo model, before and after")
-    table.add_row("zeros in pruned layers", *(f"{row.sparsity:.0%}" for row in rows))
-    table.add_row("weights on disk, MB", *(f"{row.bytes / 1e6:.2f}" for row in rows))
-    table.add_row("latency, ms", *(f"{row.latency:.1f}" for row in rows))
-    table.add_row("perplexity", *(f"{row.perplexity:.3f}" for row in rows))
-    for task in rows[0].accuracy:
-        table.add_row(f"{task}, accuracy", *(f"{row.accuracy[task]:.2f}" for row in rows))
-    screen.print(table)
-    screen.print(ZEROS)
-
-
-@app.callback(invoke_without_command=True)
-def about(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     if version:
         print(f"secateur {__version__}")
         raise typer.Exit
+    _silence()
 
 
-class _progress:
-    """A progress bar with the stage, the block at hand, memory and the time left."""
+def _silence() -> None:
+    """Transformers reports its own progress; ours is enough."""
+    from transformers.utils import logging
 
-    def __init__(self, quiet: bool) -> None:
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[detail]}"),
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+@app.command(rich_help_panel="Pruning")
+def prune(
+    model: options.Model = None,
+    out: options.Out = None,
+    sparsity: options.Sparsity = None,
+    pattern: options.Pattern = None,
+    threshold: options.Threshold = None,
+    method: options.Method = None,
+    recipe: options.RecipeFile = None,
+    calibration: options.CalibrationFile = None,
+    field: options.TextField = None,
+    samples: options.Samples = None,
+    length: options.Length = None,
+    protect: options.Protect = None,
+    include: options.Include = None,
+    criterion: options.Criterion = None,
+    granularity: options.GranularityName = None,
+    allocation: options.Allocation = None,
+    update: options.Update = None,
+    seed: options.Seed = None,
+    build: options.Build = None,
+    weights: options.Weights = None,
+    resume: options.Resume = False,
+    dry_run: options.DryRun = False,
+    device: options.Device = "cpu",
+    dtype: options.Dtype = None,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Prune a model into a new folder.
+
+    **Examples**
+
+        secateur prune ./llama --out ./pruned
+        secateur prune ./llama --sparsity 0.6 --method sparsegpt \\
+            --calibration wiki.txt --out ./pruned
+        secateur prune ./llama --pattern 2:4 --protect '*.layers.0.*' --out ./p24
+        secateur prune ./llama --threshold 1.5s --out ./pruned --dry-run
+        secateur prune --build mypkg.models:resnet56 --weights r56.safetensors \\
+            --method magnitude --out ./pruned
+
+    Without --sparsity, --pattern or --threshold half of the weights go. The recipe that results is shown first.
+    """
+    if method is not None and recipe is not None:
+        raise SecateurError("--method and --recipe both say what to do: drop one, or put `method:` into the recipe")
+    given = {"model": model, "out": out, "build": build, "weights": weights, "method": method, "criterion": criterion}
+    given |= {"granularity": granularity, "allocation": allocation, "update": update, "seed": seed, "dtype": dtype}
+    data = {"source": calibration, "field": field, "samples": samples, "length": length}
+    base = {} if recipe is None else read_yaml(recipe)
+    values = options.changed(base, given, data, {"protect": protect, "include": include})
+    values |= options.amount(base, sparsity, pattern, threshold, granularity)
+    wanted = make_run(values, "recipe" if recipe is None else str(recipe))
+    _prune(wanted, device, resume, dry_run, Output(as_json, quiet))
+
+
+@app.command(rich_help_panel="Pruning")
+def run(
+    recipe: Annotated[
+        Path, typer.Argument(help="YAML with a recipe's keys, and model and out (or build, weights and out).")
+    ],
+    resume: options.Resume = False,
+    dry_run: options.DryRun = False,
+    device: options.Device = "cpu",
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Do what a YAML file says: a recipe with model and out in it, and optionally the method that it changes.
+
+    **Example**
+
+        model: ./llama
+        out: ./pruned
+        method: sparsegpt
+        sparsity: 0.6
+        calibration: {source: wiki.txt, samples: 128}
+
+    Relative paths in it start at the current directory. An unknown key is an error that names the nearest known one.
+    """
+    _prune(make_run(read_yaml(recipe), str(recipe)), device, resume, dry_run, Output(as_json, quiet))
+
+
+@app.command(rich_help_panel="Pruning")
+def recipe(
+    method: Annotated[str | None, typer.Argument(help="The name of a method.", show_default=False)] = None,
+    sparsity: options.Sparsity = None,
+    pattern: options.Pattern = None,
+    threshold: options.Threshold = None,
+    list_all: Annotated[bool, typer.Option("--list", help="All methods, with their sources.")] = False,
+) -> None:
+    """Print a method's recipe as YAML, or list the methods.
+
+    **Examples**
+
+        secateur recipe --list
+        secateur recipe sparsegpt --sparsity 0.6 > mine.yaml
+
+    Every default is included, to be edited and given to prune --recipe.
+    """
+    if list_all:
+        return Output().show(display.methods())
+    if method is None:
+        raise SecateurError("name a method, such as `secateur recipe admm`; `secateur recipe --list` tells them all")
+    values = {"method": method} | options.amount({}, sparsity, pattern, threshold)
+    print(to_yaml(make_run(values).recipe), end="")
+    return None
+
+
+@app.command("eval", rich_help_panel="Looking")
+def evaluate(
+    pruned: Annotated[str, typer.Argument(help="The model's folder.")],
+    text: Annotated[Path, typer.Option(help="A text or JSON Lines that the model was not calibrated on.")],
+    against: Annotated[str | None, typer.Option(help="The dense model's folder, for a paired comparison.")] = None,
+    field: options.TextField = None,
+    samples: options.Samples = 64,
+    length: options.Length = 512,
+    device: options.Device = "cpu",
+    dtype: options.Dtype = "auto",
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Measure a language model on a text: perplexity, and what changed against the dense one.
+
+    **Example**
+
+        secateur eval ./pruned --against ./llama --text wiki.txt --samples 64
+
+    With --against also KL divergence and top-1 agreement, window by window on the same tokens, with 95 % intervals. Both
+    models are loaded by stock transformers.
+    """
+    from secateur.evaluation import evaluate_folder
+
+    output = Output(as_json, quiet)
+    with output.bars() as bars:
+        found = evaluate_folder(
+            pruned,
+            text,
+            against,
+            field=field,
+            samples=64 if samples is None else samples,
+            length=512 if length is None else length,
+            device=device,
+            dtype=dtype or "auto",
+            progress=lambda done, of: bars("evaluate", done, of, "windows"),
         )
-        self.bar, self.quiet = Progress(*columns, console=errors, transient=True), quiet
-        self.tasks: dict[str, Any] = {}
-
-    def __enter__(self) -> Callable[[str, int, int, str], None]:
-        if not self.quiet:
-            self.bar.start()
-        return self.step
-
-    def __exit__(self, *_: object) -> None:
-        if not self.quiet:
-            self.bar.stop()
-
-    def step(self, stage: str, done: int, of: int, detail: str) -> None:
-        from secateur.memory import anonymous_memory
-
-        if self.quiet:
-            return
-        if stage not in self.tasks:
-            self.tasks[stage] = self.bar.add_task(stage, total=of, detail="")
-        text = f"{detail}  {anonymous_memory() / 1e9:.2f} GB"
-        self.bar.update(self.tasks[stage], completed=done, total=of, detail=text)
+    output.show(display.evaluation(found))
+    output.result(found.as_dict(), f"{pruned}: perplexity {found.quality.perplexity:,.3f}")
 
 
-def _show(result: Any, as_json: bool, people: Callable[[], None]) -> None:
-    if as_json:
-        print(json.dumps(result, indent=2))
+@app.command(rich_help_panel="Looking")
+def doctor(
+    model: Annotated[str, typer.Argument(help="A Hugging Face model folder, or a hub id.")],
+    samples: options.Samples = None,
+    length: options.Length = None,
+    names: Annotated[bool, typer.Option("--names", help="List every matrix by its name.")] = False,
+    device: options.Device = "cpu",
+    dtype: options.Dtype = "auto",
+    as_json: options.Json = False,
+) -> None:
+    """Look at a model without loading its weights: what can be pruned, what it takes, what helps for which aim.
+
+    **Example**
+
+        secateur doctor ./llama --samples 128 --length 2048
+
+    The exit code is 2 when the model cannot be pruned; the output says why, and the way out.
+    """
+    from secateur.doctor import diagnose
+
+    wanted = {key: value for key, value in {"samples": samples, "length": length}.items() if value is not None}
+    found = diagnose(model, validate(Calibration, wanted, "calibration"), device=device, dtype=dtype or "auto")
+    output = Output(as_json)
+    output.show(display.diagnosis(found, names))
+    output.result(found.as_dict(), "")
+    if found.problems:
+        raise typer.Exit(2)
+
+
+# Pruning
+
+
+def _prune(run: Run, device: str, resume: bool, dry_run: bool, output: Output) -> None:
+    if (run.model is None) == (run.build is None):
+        raise SecateurError("say what to prune: either a model folder, or --build module:function with --weights file")
+    if (run.build is None) != (run.weights is None):
+        raise SecateurError(
+            "--build and --weights go together: the function that builds the module, and its state dict"
+        )
+    if run.out is None:
+        raise SecateurError("say where to write the result: --out DIR, a new folder")
+    output.show(display.recipe_panel(run.recipe, f"recipe: {run.method or 'given'}"))
+    if run.model is not None and run.recipe.needs() and run.calibration.source is None:
+        output.show(Text(SMALL_TEXT))
+    if dry_run:
+        return _show_plan(run, device, output)
+    with output.bars() as bars:
+        report = _work(run, run.out, device, resume, bars)
+    details = json.loads((run.out / "secateur.json").read_text(encoding="utf-8"))
+    output.show(display.result(report, run.out))
+    output.result({"out": str(run.out)} | details, display.closing(report, run.out))
+    return None
+
+
+def _work(run: Run, out: Path, device: str, resume: bool, bars: Callable[[str, int, int, str], None]) -> Report:
+    if run.build is not None and run.weights is not None:
+        from secateur.module import prune_built
+
+        return prune_built(run.build, run.weights, run.recipe, out, resume=resume, device=device, progress=bars)
+    from secateur.pipeline import prune
+
+    assert run.model is not None
+    return prune(run.model, run.recipe, None, out, resume=resume, device=device, progress=bars)
+
+
+def _show_plan(run: Run, device: str, output: Output) -> None:
+    """Everything up to the first write."""
+    assert run.out is not None
+    if run.build is not None and run.weights is not None:
+        from secateur.module import examine_built
+
+        built = examine_built(run.build, run.weights, run.recipe, run.out, device)
+        plan, data, size, expected = built.plan, built.data, built.weights.bytes, None
     else:
-        people()
+        from secateur.pipeline import examine
+
+        assert run.model is not None
+        found = examine(run.model, run.recipe, None, run.out, device)
+        plan, data, size = found.plan, found.data, found.source.checkpoint.bytes
+        expected = expect(
+            found.source.model, plan, _load(found), size, found.source.dtype, rates(device, found.source.dtype)
+        )
+    free = {"memory": available_memory(), "disk": _disk(run.out)}
+    description = "none" if data is None else data.description
+    output.show(display.dry_run(plan, description, expected, free, size))
+    details = {"dry_run": True, "recipe": run.recipe.model_dump(mode="json"), "calibration": description}
+    details |= _plan_details(plan) | {"expected": expected and vars(expected), "free": free, "bytes": size}
+    output.result(details, f"{run.out}: {len(plan.settings)} layers can be pruned")
 
 
-def _fail(message: str, code: int) -> None:
-    if "--json" in sys.argv:
-        print(json.dumps({"error": message}))
-    errors.print(f"secateur: {message}", style="red", markup=False, highlight=False)
-    sys.exit(code)
+def _plan_details(plan: Plan) -> dict[str, Any]:
+    layers = [
+        {"name": s.layer.name, "shape": list(s.layer.shape), "sparsity": s.sparsity, "granularity": str(s.granularity)}
+        for s in plan.settings
+    ]
+    return {"layers": layers, "protected": dict(plan.protected)}
 
 
-def _hush() -> None:
-    """Our own progress and messages only."""
-    import os
+def _load(found: Any) -> Load:
+    """What will pass through the model."""
+    from secateur.doctor import positions
 
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    batches = found.data.batches if found.data is not None else []
+    longest = max((batch["input_ids"].numel() for batch in batches if "input_ids" in batch), default=0)
+    wanted = longest or positions(found.source.model, found.plan.recipe.calibration.length)
+    return Load(len(batches), wanted, len(found.riders))
+
+
+def _disk(out: Path) -> int:
+    place = next(parent for parent in out.resolve().parents if parent.exists())
+    return shutil.disk_usage(place).free
+
+
+if __name__ == "__main__":
+    main()

@@ -99,7 +99,9 @@ def _block(plan: Plan, name: str, size: int) -> int:
 def _temporaries(setting: Setting) -> int:
     """What one layer's update needs beside its weights and its Gram matrix: float32 copies of both."""
     out, width = setting.layer.shape
-    matrices, grams = {"none": (6, 0), "sparsegpt": (6, 2), "refit": (10, 1), "admm": (11, 4)}.get(setting.update, (8, 2))
+    matrices, grams = {"none": (6, 0), "sparsegpt": (6, 2), "refit": (10, 1), "admm": (11, 4)}.get(
+        setting.update, (8, 2)
+    )
     if "gram" in setting.needs and setting.update == "none":
         grams = 2
     return 4 * (matrices * out * width + grams * width**2)
@@ -221,7 +223,9 @@ def _input_key(layer: Layer, layers: Iterable[Layer]) -> tuple[Any, ...]:
     if layer.kind != "linear":
         return (layer.name,)
     parent = layer.parameter.rsplit(".", 2)[0]
-    siblings = [other.name for other in layers if other.kind == "linear" and other.parameter.rsplit(".", 2)[0] == parent]
+    siblings = [
+        other.name for other in layers if other.kind == "linear" and other.parameter.rsplit(".", 2)[0] == parent
+    ]
     last = len(siblings) > 1 and siblings[-1] == layer.name
     return (layer.name,) if last else (parent, layer.shape[1])
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
@@ -108,7 +108,7 @@ def open_weights(path: Path) -> Checkpoint:
     if path.suffix.lower() in PICKLES:
         raise SecateurError(
             f"{path} is a pickle, which can run code when it is opened; expected a .safetensors file.\n"
-            "  If you trust it, convert it once:  python -c \"import torch, safetensors.torch as s; "
+            '  If you trust it, convert it once:  python -c "import torch, safetensors.torch as s; '
             f"s.save_file(torch.load('{path}', weights_only=True), '{path.with_suffix('.safetensors')}')\""
         )
     if not path.is_file():
@@ -131,13 +131,11 @@ def find_function(build: str) -> Callable[[], nn.Module]:
             ) from error
     for part in attribute.split("."):
         if not hasattr(found, part):
-            raise SecateurError(
-                f"--build {build}: {name} has no {attribute!r}{nearest(part, vars(found) if hasattr(found, '__dict__') else ())}"
-            )
+            raise SecateurError(f"--build {build}: {name} has no {attribute!r}{nearest(part, dir(found))}")
         found = getattr(found, part)
     if not callable(found):
         raise SecateurError(f"--build {build}: {attribute} is a {type(found).__name__}; expected a function")
-    return found
+    return cast(Callable[[], nn.Module], found)
 
 
 @contextmanager
@@ -218,7 +216,9 @@ def _data(recipe: Recipe, module: nn.Module, dtype: torch.dtype, device: str) ->
         )
     wanted = recipe.calibration
     found = inputs.calibration(source, None, samples=wanted.samples, length=wanted.length, seed=None)
-    batches = [{k: v.to(device, dtype if v.is_floating_point() else v.dtype) for k, v in b.items()} for b in found.batches]
+    batches = [
+        {k: v.to(device, dtype if v.is_floating_point() else v.dtype) for k, v in b.items()} for b in found.batches
+    ]
     return Data(batches, found.description, found.digest, found.tokens)
 
 
@@ -272,7 +272,9 @@ def _verify(built: Built, path: Path, probe: Batch | None, expected: Tensor | No
         names = set(file.keys())
         changed = [n for n in names & set(state) if not torch.equal(file.get_tensor(n).to(state[n]), state[n])]
     if names != set(built.weights.entries) or changed:
-        raise SecateurError(f"{path} does not hold what is in memory ({(changed or sorted(names))[0]}); please report this")
+        raise SecateurError(
+            f"{path} does not hold what is in memory ({(changed or sorted(names))[0]}); please report this"
+        )
     if probe is None or expected is None:
         return {"how": "every tensor read back and compared", "difference": 0.0, "tolerance": 0.0}
     dtype = str(next(built.module.parameters()).dtype).removeprefix("torch.")
@@ -281,7 +283,7 @@ def _verify(built: Built, path: Path, probe: Batch | None, expected: Tensor | No
     apart = difference(expected, _answer(again, probe))
     if not apart <= TOLERANCE:
         raise SecateurError(
-            f"a fresh module with the written weights answers differently, by {apart:.2g} of the largest output: its output "
+            f"a fresh module with the written weights answers differently, by {apart:.2g} of the largest output: it "
             "depends on something that is not in its state dict. The result was not given its name."
         )
     return {"how": "loaded into a fresh module", "difference": apart, "tolerance": TOLERANCE}

@@ -216,8 +216,8 @@ def method(name: str, **changes: Any) -> Recipe:
     return validate(Recipe, METHODS[_known_method(name)] | changes)
 
 
-def _known_method(name: str) -> str:
-    if name not in METHODS:
+def _known_method(name: Any) -> str:
+    if not isinstance(name, str) or name not in METHODS:
         raise SecateurError(f"unknown method {name!r}{nearest(str(name), METHODS)}; known: {', '.join(METHODS)}")
     return name
 

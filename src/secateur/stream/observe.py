@@ -86,21 +86,21 @@ class Observer(TorchDispatchMode):
                 continue
             x = other.mT if weight_is_left else other  # [..., tokens, in]
             contraction = operand.stride(-1 if weight_is_left else -2)
-            self._record(found, operand, x, contraction != 1)
+            self._record(found, operand, x, contraction != 1, other._version)
             return
 
-    def _record(self, found: tuple[Watched, int], operand: Tensor, x: Tensor, transposed: bool) -> None:
+    def _record(self, found: tuple[Watched, int], operand: Tensor, x: Tensor, transposed: bool, version: int) -> None:
         watched, offset = found
         names, parameter = watched.names, watched.parameter
         if len(names) == 1:
-            self._add(names[0], x.reshape(1, -1, x.shape[-1]), transposed)
+            self._add(names[0], x.reshape(1, -1, x.shape[-1]), transposed, version)
         elif operand.ndim == 3:
             first = offset // (parameter[0].numel() * parameter.element_size())
             for index in range(operand.shape[0]):
-                self._add(names[first + index], x[index][None], transposed)
+                self._add(names[first + index], x[index][None], transposed, version)
         else:
             index = offset // (parameter[0].numel() * parameter.element_size())
-            self._add(names[index], x.reshape(1, -1, x.shape[-1]), transposed)
+            self._add(names[index], x.reshape(1, -1, x.shape[-1]), transposed, version)
 
     def convolution(
         self,
@@ -119,17 +119,20 @@ class Observer(TorchDispatchMode):
             return
         for sample in x.split(max(1, (1 << 22) // max(1, x[0].numel() * weight[0, 0].numel()))):
             patches = unfold(sample, weight.shape[2:], stride, padding, dilation, groups)
-            self._add(found[0].names[0], patches, False, fresh=True)
+            self._add(found[0].names[0], patches, False)
 
-    def _add(self, name: str, x: Tensor, transposed: bool, fresh: bool = False) -> None:
-        """x: [groups, tokens, in]."""
+    def _add(self, name: str, x: Tensor, transposed: bool, version: int | None = None) -> None:
+        """x: [groups, tokens, in]. version: of the tensor that x is a view of; x itself, made in here, does not count
+        the changes in place. None: x was computed, and nobody can share it.
+        """
         self.transposed[name] = transposed
         if x.shape[1] == 0:
             return
         self._counts[name] = self._counts.get(name, 0) + 1
         mine = self.inputs.get(name)
-        key = (x.data_ptr(), x.shape, x.stride(), x._version)
-        known = None if fresh or not self.share else next((into for k, _, into in self._seen if k == key), None)
+        key = (x.data_ptr(), x.shape, x.stride(), version)
+        shared = self.share and version is not None
+        known = next((into for k, _, into in self._seen if k == key), None) if shared else None
         if mine is None:
             joins = known is not None and id(known) in self._created
             mine = known if joins and known is not None else Inputs()

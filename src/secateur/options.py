@@ -1,0 +1,154 @@
+"""The options of the command line, and how they change a recipe."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from secateur.errors import SecateurError
+
+AMOUNT, DATA, AXES, WORK = "How much to remove", "What to calibrate on", "Other settings of the recipe", "The run"
+
+
+def _option(*names: str, help: str, panel: str | None = None, metavar: str | None = None) -> Any:
+    return typer.Option(*names, help=help, rich_help_panel=panel, metavar=metavar, show_default=False)
+
+
+Model = Annotated[str | None, typer.Argument(help="A Hugging Face model folder, or a hub id.", show_default=False)]
+Out = Annotated[Path | None, _option("--out", "-o", help="The new folder for the result.")]
+Method = Annotated[
+    str | None, _option("--method", "-m", help="A named recipe, see secateur recipe --list. [default: admm]")
+]
+RecipeFile = Annotated[Path | None, _option("--recipe", help="A recipe in YAML; the other options change it.")]
+Build = Annotated[
+    str | None,
+    _option("--build", metavar="PKG.MOD:FUNCTION", help="In place of MODEL: a function that builds a torch module."),
+]
+Weights = Annotated[Path | None, _option("--weights", help="With --build: its state dict, as safetensors.")]
+
+Sparsity = Annotated[
+    float | None,
+    _option("--sparsity", help="The share of the weights that goes, in [0, 1). [default: 0.5]", panel=AMOUNT),
+]
+Pattern = Annotated[
+    str | None, _option("--pattern", metavar="N:M", help="Keep N of every M weights, such as 2:4.", panel=AMOUNT)
+]
+Threshold = Annotated[
+    str | None,
+    _option(
+        "--threshold",
+        metavar="T",
+        help="Weights below it go: 0.01, or 1.5s for 1.5 standard deviations of the layer. Implies the method magnitude.",
+        panel=AMOUNT,
+    ),
+]
+
+CalibrationFile = Annotated[
+    Path | None,
+    _option(
+        "--calibration",
+        help="A text, JSON Lines, or tensors (.safetensors, .npz). [default: the small text that ships]",
+        panel=DATA,
+    ),
+]
+TextField = Annotated[str | None, _option("--field", help="The field of a JSON Lines text to read.", panel=DATA)]
+Samples = Annotated[int | None, _option("--samples", help="Windows of text. [default: 64]", panel=DATA)]
+Length = Annotated[int | None, _option("--length", help="Tokens of a window. [default: 512]", panel=DATA)]
+
+Protect = Annotated[
+    list[str] | None, _option("--protect", metavar="GLOB", help="Layers to leave alone; may be repeated.", panel=AXES)
+]
+Include = Annotated[
+    list[str] | None,
+    _option("--include", metavar="GLOB", help="Layers to prune although protected by default.", panel=AXES),
+]
+Criterion = Annotated[
+    str | None,
+    _option("--criterion", help="How important is a weight: magnitude, wanda, ria, obs, obd, ...", panel=AXES),
+]
+GranularityName = Annotated[
+    str | None,
+    _option("--granularity", help="Which weights compete: layer, per-row, row, column, 1x16, 16x16.", panel=AXES),
+]
+Allocation = Annotated[
+    str | None,
+    _option("--allocation", help="How much from which layer: uniform, erdos-renyi, global, lamp, owl.", panel=AXES),
+]
+Update = Annotated[
+    str | None,
+    _option("--update", help="What happens to the weights that stay: none, sparsegpt, refit, admm.", panel=AXES),
+]
+Seed = Annotated[int | None, _option("--seed", help="Of everything that is drawn. [default: 0]", panel=AXES)]
+
+Resume = Annotated[bool, _option("--resume", help="Go on where a run that was stopped left off.", panel=WORK)]
+DryRun = Annotated[
+    bool, _option("--dry-run", help="Check everything, show the plan and its cost, write nothing.", panel=WORK)
+]
+Device = Annotated[
+    str, _option("--device", help="Where to compute: cpu, cuda, cuda:1, mps. [default: cpu]", panel=WORK)
+]
+Dtype = Annotated[
+    str | None,
+    _option(
+        "--dtype",
+        help="What to compute in: auto (float32 on a CPU, else as stored), float32, bfloat16, float16, float64.",
+        panel=WORK,
+    ),
+]
+Json = Annotated[bool, _option("--json", help="Print the result as JSON, and nothing else, on stdout.", panel=WORK)]
+Quiet = Annotated[bool, _option("--quiet", "-q", help="Print one line at the end.", panel=WORK)]
+
+
+def changed(
+    base: Mapping[str, Any], given: Mapping[str, Any], calibration: Mapping[str, Any], globs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A recipe file's values with those of the command line over them; globs are added to the file's. None: not given."""
+    values = dict(base) | _given(given)
+    if data := _given(calibration):
+        held = base.get("calibration")
+        values["calibration"] = (dict(held) if isinstance(held, Mapping) else {}) | data
+    for key, more in _given(globs).items():
+        held = base.get(key)
+        values[key] = [*(held if isinstance(held, Sequence) and not isinstance(held, str) else ()), *more]
+    return values
+
+
+def amount(
+    base: Mapping[str, Any],
+    sparsity: float | None,
+    pattern: str | None,
+    threshold: str | None,
+    granularity: str | None = None,
+) -> dict[str, Any]:
+    """What the options on how much to remove say; they replace what a recipe file says on it. Raises SecateurError."""
+    if pattern is not None and not re.fullmatch(r"\d+:\d+", pattern):
+        raise SecateurError(f"--pattern {pattern}: expected N:M, such as 2:4; for blocks: --granularity {pattern}")
+    if pattern is not None and granularity is not None:
+        raise SecateurError(
+            f"--pattern {pattern} and --granularity {granularity} both say which weights compete: drop one"
+        )
+    limit = None if threshold is None else _threshold(threshold)
+    given = _given({"sparsity": sparsity, "granularity": pattern, "threshold": limit})
+    if not given:
+        return {}
+    if pattern is None and granularity is None and ":" in str(base.get("granularity", "")):
+        given["granularity"] = "layer"
+    return {"sparsity": None, "threshold": None} | given
+
+
+def _threshold(text: str) -> dict[str, float]:
+    number = text.removesuffix("s")
+    try:
+        return {"absolute" if number == text else "sigma": float(number)}
+    except ValueError:
+        raise SecateurError(
+            f"--threshold {text}: expected a number, such as 0.01, or one with s for standard deviations, such as 1.5s"
+        ) from None
+
+
+def _given(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if value is not None and value != []}
