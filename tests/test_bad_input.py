@@ -10,6 +10,7 @@ import os
 import pickle
 import shutil
 import struct
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -795,7 +796,7 @@ def test_on_the_command_line(
     [
         (["--sparsity", "1.2"], ["sparsity", "1.2"]),
         (["--sparsity", "nan"], ["sparsity", "nan"]),
-        (["--sparsity", "half"], ["sparsity", "half"]),
+        (["--sparsity", "half"], ["--sparsity", "valid number"]),
         (["--pattern", "3:5", "--method", "wanda"], ["q_proj", "[8, 8]", "multiple of 5", "--protect"]),
         (["--pattern", "5:3"], ["5:3"]),
         (["--method", "wonda"], ["wonda", "did you mean 'wanda'?"]),

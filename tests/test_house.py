@@ -56,12 +56,16 @@ def test_imports_point_one_way(folder, forbidden):
 
 def test_importing_the_package_is_light():
     """Heavy and optional libraries load when they are needed."""
-    code = "import sys, secateur; print([m for m in ('transformers', 'accelerate', 'rich', 'typer') if m in sys.modules])"
+    code = (
+        "import sys, secateur; print([m for m in ('transformers', 'accelerate', 'rich', 'typer') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.skipif(not (ROOT / "scripts/tables.py").exists(), reason="the scripts are not part of an installed package")
+@pytest.mark.skipif(
+    not (ROOT / "scripts/tables.py").exists(), reason="the scripts are not part of an installed package"
+)
 def test_tables_are_up_to_date():
     spec = importlib.util.spec_from_file_location("tables", ROOT / "scripts/tables.py")
     assert spec is not None

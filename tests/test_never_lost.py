@@ -18,11 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from conftest import Watch, batches, contents, save_llama, save_tokenizer, text
 from secateur import SecateurError, method, prune
+from secateur.module import prune_built
 from secateur.recipe import Recipe
 from secateur.stream.staging import JOURNAL, Staging
 
@@ -102,8 +105,8 @@ def state(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def images(source: Path, case: Case, work: Path, keep: Path) -> list[Path]:
-    """Every state of the disk that a kill could leave, once."""
+def images(run: Callable[[Path], Any], work: Path, keep: Path) -> list[Path]:
+    """Every state of the disk that a kill of run(out) could leave, once."""
     found: dict[str, Path] = {}
 
     def at(what: str, torn: bool) -> None:
@@ -117,7 +120,7 @@ def images(source: Path, case: Case, work: Path, keep: Path) -> list[Path]:
 
     work.mkdir()
     with disk(at):
-        run(source, work / "out", case)
+        run(work / "out")
     return list(found.values())
 
 
@@ -132,7 +135,7 @@ def looks_whole(folder: Path) -> bool:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_killed_at_any_moment(case: Case, tmp_path: Path, unchanged: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
     source = unchanged(case.make(tmp_path / "source"))
-    left = images(source, case, tmp_path / "work", tmp_path / "images")
+    left = images(lambda out: run(source, out, case), tmp_path / "work", tmp_path / "images")
     expected = contents(tmp_path / "work" / "out")
     monkeypatch.setattr(os, "fsync", lambda _: None)
     assert len(left) > 50
@@ -146,6 +149,32 @@ def test_killed_at_any_moment(case: Case, tmp_path: Path, unchanged: Watch, monk
         assert not looks_whole(image / "out.partial")
         run(source, out, case, resume=True)
         assert contents(out) == expected, image.name
+        assert os.listdir(image) == ["out"]
+
+
+def own_net() -> nn.Module:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
+
+
+def test_a_module_of_one_s_own_killed_at_any_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is pruned in memory, so a resumed run begins again; the result is whole or absent all the same."""
+    save_file(own_net().state_dict(), tmp_path / "own.safetensors")
+
+    def run(out: Path, resume: bool = False) -> Any:
+        recipe = method("magnitude", sparsity=0.5)
+        return prune_built(f"{__name__}:own_net", tmp_path / "own.safetensors", recipe, out, resume=resume)
+
+    left = images(run, tmp_path / "work", tmp_path / "images")
+    expected = contents(tmp_path / "work" / "out")
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    assert len(left) > 15
+    for image in left:
+        if (image / "out").exists():
+            assert contents(image / "out") == expected
+            shutil.rmtree(image / "out")
+        run(image / "out", resume=True)
+        assert contents(image / "out") == expected
         assert os.listdir(image) == ["out"]
 
 

@@ -8,7 +8,7 @@ import shutil
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,6 +32,7 @@ libraries load, verified.
 
 **Examples**
 
+    secateur demo                                  try it on a small model
     secateur doctor ./llama                        what can be pruned, and how
     secateur prune ./llama --out ./pruned          half of the weights
     secateur prune ./llama --pattern 2:4 --calibration c4.jsonl --out ./p24
@@ -53,8 +54,10 @@ folder, which appears under its name only when it is whole, loads again, and ans
 Every command but recipe takes --json: its result, or {"error": ...}, is then the only thing on stdout.
 """
 
-SMALL_TEXT = """No --calibration: learning from the small text that ships with secateur. Text like what the model will
-read is better."""
+SMALL_TEXT = (
+    "No --calibration: learning from the small text that ships with secateur. Text like what the model will read is "
+    "better.\n"
+)
 
 
 @dataclass(frozen=True)
@@ -149,13 +152,18 @@ def main() -> None:
     app(prog_name="secateur")
 
 
-@app.callback()
-def _start(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
-) -> None:
-    if version:
+def _version(asked: bool) -> None:
+    if asked:
         print(f"secateur {__version__}")
         raise typer.Exit
+
+
+@app.callback()
+def _start(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
     _silence()
 
 
@@ -219,7 +227,7 @@ def prune(
     values = options.changed(base, given, data, {"protect": protect, "include": include})
     values |= options.amount(base, sparsity, pattern, threshold, granularity)
     wanted = make_run(values, "recipe" if recipe is None else str(recipe))
-    _prune(wanted, device, resume, dry_run, Output(as_json, quiet))
+    _prune(wanted, device, resume, dry_run, Output(as_json, quiet), str(recipe or wanted.method))
 
 
 @app.command(rich_help_panel="Pruning")
@@ -245,7 +253,7 @@ def run(
 
     Relative paths in it start at the current directory. An unknown key is an error that names the nearest known one.
     """
-    _prune(make_run(read_yaml(recipe), str(recipe)), device, resume, dry_run, Output(as_json, quiet))
+    _prune(make_run(read_yaml(recipe), str(recipe)), device, resume, dry_run, Output(as_json, quiet), str(recipe))
 
 
 @app.command(rich_help_panel="Pruning")
@@ -265,10 +273,8 @@ def recipe(
 
     Every default is included, to be edited and given to prune --recipe.
     """
-    if list_all:
+    if list_all or method is None:
         return Output().show(display.methods())
-    if method is None:
-        raise SecateurError("name a method, such as `secateur recipe admm`; `secateur recipe --list` tells them all")
     values = {"method": method} | options.amount({}, sparsity, pattern, threshold)
     print(to_yaml(make_run(values).recipe), end="")
     return None
@@ -344,10 +350,32 @@ def doctor(
         raise typer.Exit(2)
 
 
+@app.command(rich_help_panel="Looking")
+def demo(
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Keep the pruned models below this folder.")] = None,
+    as_json: options.Json = False,
+) -> None:
+    """Prune the small model that ships with secateur in four ways, and measure what that costs.
+
+    **Example**
+
+        secateur demo
+
+    Takes a few minutes, and no network.
+    """
+    from secateur.demo.run import demo as run_demo
+
+    output = Output(as_json)
+    with output.bars() as bars:
+        rows = run_demo(out, bars)
+    output.show(display.demo(rows))
+    output.result({"rows": [asdict(row) for row in rows]}, "")
+
+
 # Pruning
 
 
-def _prune(run: Run, device: str, resume: bool, dry_run: bool, output: Output) -> None:
+def _prune(run: Run, device: str, resume: bool, dry_run: bool, output: Output, title: str) -> None:
     if (run.model is None) == (run.build is None):
         raise SecateurError("say what to prune: either a model folder, or --build module:function with --weights file")
     if (run.build is None) != (run.weights is None):
@@ -356,7 +384,7 @@ def _prune(run: Run, device: str, resume: bool, dry_run: bool, output: Output) -
         )
     if run.out is None:
         raise SecateurError("say where to write the result: --out DIR, a new folder")
-    output.show(display.recipe_panel(run.recipe, f"recipe: {run.method or 'given'}"))
+    output.show(display.recipe_panel(run.recipe, f"recipe: {title}"))
     if run.model is not None and run.recipe.needs() and run.calibration.source is None:
         output.show(Text(SMALL_TEXT))
     if dry_run:

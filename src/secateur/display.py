@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from secateur import doctor
+from secateur.demo.run import Row
 from secateur.estimate import Expected
 from secateur.evaluation import Evaluation
 from secateur.measure.quality import Estimate
@@ -34,6 +35,7 @@ STAGES = {
     "prune": "pruning",
     "verify": "verifying",
     "evaluate": "evaluating",
+    "latency": "latency",
 }
 NO_GAIN = (
     "Zeros in a dense tensor give no speed and no smaller file by themselves; "
@@ -80,7 +82,7 @@ class Bars:
         begins = stage != self.stage
         if begins:
             self.stage, self.started = stage, time.monotonic()
-        detail = f"{detail}, {size(anonymous_memory())}"
+        detail = ", ".join(part for part in (detail, size(anonymous_memory())) if part)
         if self.bar is not None:
             self._draw(begins, done, of, detail)
         elif begins or done == of or time.monotonic() - self.said > QUIET_SECONDS:
@@ -109,10 +111,9 @@ def recipe_panel(recipe: Recipe, title: str) -> RenderableType:
 
 def methods() -> RenderableType:
     """All named methods, a line each."""
-    table = _table("method", "criterion", "granularity", "update", "allocation", "what it is")
-    for name, axes in METHODS.items():
-        cells = (axes["criterion"], axes["granularity"], axes["update"], axes.get("allocation", "uniform"))
-        table.add_row(name, *cells, ABOUT[name])
+    table = _table("method", "what it is, and where it is from")
+    for name in METHODS:
+        table.add_row(name, ABOUT[name])
     return table
 
 
@@ -132,12 +133,14 @@ def result(report: Report, out: Path) -> RenderableType:
         was, now = before.get("perplexity"), after["perplexity"]
         told = "" if was is None else f"{was:,.2f}"
         table.add_row(f"perplexity, {after['windows']} windows not learned from", told, f"{now:,.2f}")
-    return Group(table, _costs(report), *_notes(report), _worst(report), Text(NO_GAIN))
+    return _spaced(table, _costs(report), *_notes(report), _worst(report), Text(NO_GAIN))
 
 
 def _costs(report: Report) -> RenderableType:
     table = Table.grid(padding=(0, 2))
-    stages = ", ".join(f"{stage} {duration(spent)}" for stage, spent in report.seconds.items() if stage != "total")
+    stages = ", ".join(
+        f"{stage} {duration(spent)}" for stage, spent in report.seconds.items() if stage != "total" and spent >= 0.05
+    )
     table.add_row("time", f"{duration(report.seconds.get('total', 0) + report.seconds.get('verify', 0))} ({stages})")
     table.add_row("peak memory", f"{size(report.peak_memory)}, files mapped into memory included")
     table.add_row("calibration", Text(report.calibration))
@@ -194,7 +197,7 @@ def dry_run(plan: Plan, data: str, expected: Expected | None, free: Mapping[str,
         table.add_row("memory expected", f"about {size(expected.memory)}; {size(free['memory'])} are free")
         table.add_row("time expected", f"about {duration(expected.seconds)}, by a measurement of this machine")
     table.add_row("disk", f"{size(needed)}; {size(free['disk'])} are free")
-    return Group(*parts, table, Text("Dry run: everything was checked, and nothing was written."))
+    return _spaced(*parts, table, Text("Dry run: everything was checked, and nothing was written."))
 
 
 def layers_to_prune(plan: Plan) -> RenderableType:
@@ -254,6 +257,18 @@ def _interval(estimate: Estimate, form: str) -> str:
     return f"{estimate.low:{form}} to {estimate.high:{form}}"
 
 
+def demo(rows: Sequence[Row]) -> RenderableType:
+    """The dense model and what became of it, side by side."""
+    table = _table("the model that ships", *(row.name for row in rows), right=range(1, len(rows) + 1))
+    table.add_row("zeros in pruned layers", *(f"{row.sparsity:.0%}" for row in rows))
+    table.add_row("weights on disk, MB", *(f"{row.bytes / 1e6:.2f}" for row in rows))
+    table.add_row("latency of a window, ms", *(f"{row.latency:.1f}" for row in rows))
+    table.add_row("perplexity", *(f"{row.perplexity:.3f}" for row in rows))
+    for task in rows[0].accuracy:
+        table.add_row(f"{task}, accuracy", *(f"{row.accuracy[task]:.2f}" for row in rows))
+    return _spaced(table, Text(NO_GAIN))
+
+
 # Doctor
 
 
@@ -269,7 +284,7 @@ def diagnosis(found: doctor.Diagnosis, names: bool) -> RenderableType:
     parts += [_advice(aim, advice) for aim, advice in found.advice.items()]
     if names:
         parts += [Text(f"{name}{'' if reason is None else f'    {reason}'}") for name, reason in found.names.items()]
-    return Group(*parts)
+    return _spaced(*parts)
 
 
 def _headline(found: doctor.Diagnosis) -> str:
@@ -314,13 +329,26 @@ def _expected(found: doctor.Diagnosis) -> RenderableType:
 
 
 def _advice(aim: str, advice: Iterable[doctor.Advice]) -> RenderableType:
-    table = _table(aim, "gain", "how", "in this version")
-    for entry in advice:
-        table.add_row(entry.what, entry.effect, entry.how, entry.here)
-    return table
+    """A numbered list."""
+    lines = Table.grid(padding=(0, 1))
+    lines.add_row("", Text(aim, style="bold"))
+    for number, entry in enumerate(advice, start=1):
+        said = Text.assemble((entry.what, "bold"), f" ({entry.here}): {entry.effect}. How: {entry.how}.")
+        lines.add_row(f"{number}.", said)
+    return lines
 
 
 # Words
+
+
+def _spaced(*parts: RenderableType) -> RenderableType:
+    """An empty line between two parts, unless both are lines of text."""
+    lines: list[RenderableType] = []
+    for before, part in zip((None, *parts), parts, strict=False):
+        if before is not None and not (isinstance(before, Text) and isinstance(part, Text)):
+            lines.append(Text(""))
+        lines.append(part)
+    return Group(*lines)
 
 
 def _table(*columns: str | Text, right: Sequence[int] = ()) -> Table:
@@ -336,10 +364,11 @@ def shape(dims: Sequence[int]) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes for people, in powers of 1000."""
+    """Bytes for people, in powers of 1000 and three digits."""
     for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= scale:
-            return f"{count / scale:.2f} {unit}" if unit != "kB" else f"{count / scale:.1f} kB"
+            value = count / scale
+            return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f} {unit}"
     return f"{count:.0f} bytes"
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from secateur.advice import Advice, Facts, advise
 from secateur.errors import SecateurError
-from secateur.estimate import Expected, Load, expect, text_config
+from secateur.estimate import Expected, Load, count_weights, expect, text_config
 from secateur.machine import check_device, rates
 from secateur.memory import available_memory
 from secateur.pipeline import HOLDOUT, load_tokenizer, resolve
@@ -79,6 +79,8 @@ def diagnose(
     wanted = calibration or Calibration()
     try:
         source = Source(folder, dtype, device)
+        if hasattr(source.model, "tie_weights"):  # so that what is tied counts once
+            source.model.tie_weights()  # type: ignore[operator]
         plan = make_plan(source.model, method("magnitude", sparsity=0.5))
     except SecateurError as error:
         return _cannot(folder, error)
@@ -86,7 +88,7 @@ def diagnose(
     load = Load(wanted.samples, positions(source.model, wanted.length), HOLDOUT if causal else 1)
     protected = groups(_protected(source.model, plan), plan.protected)
     undivided = {pattern: _undivided(pattern, plan) for pattern in PATTERNS}
-    parameters = sum(parameter.numel() for parameter in source.model.parameters())
+    parameters = count_weights(source.model)
     share = sum(s.layer.shape[0] * s.layer.shape[1] for s in plan.settings) / max(parameters, 1)
     facts = Facts(source.checkpoint.bytes, parameters, share, not undivided["2:4"])
     return Diagnosis(

@@ -10,7 +10,7 @@ Memory is the highest of the phases of a run, above what Python, its libraries a
 
 to each of which the activations of all calibration windows are added: they wait at the entry of a block.
 
-Time is counted in floating-point operations, each kind at the rate that this machine was measured to have.
+Time is counted in floating-point operations, each kind at the rate that this machine was measured to have, plus START.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from secateur.weights.allocation import NEEDS_SCORES
 from secateur.weights.layers import Layer
 
 PROCESS = 320 << 20  # bytes
+START = 5.0  # seconds to import the libraries and to read the text
 ITERATIONS = {"admm": 35, "refit": 80}  # typical numbers of passes over a layer, each two products
 POLISH = 15  # conjugate gradient steps at the end of admm
 DISK = 400e6  # bytes per second, assumed
@@ -75,7 +76,7 @@ def memory_phases(model: nn.Module, plan: Plan, load: Load, stored_bytes: int, s
     outside, tables = _outside(model, plan, size)
     always = PROCESS + outside + waiting
     logits = 3 * 4 * load.positions * _number(config, "vocab_size", 0) if load.riders else 0
-    whole = sum(parameter.numel() for parameter in model.parameters())
+    whole = count_weights(model)
     phases = {
         "block": always + passing + max((_block(plan, name, size) for name in plan.blocks), default=0),
         "head": always + tables.get("output", 0) + logits,
@@ -132,7 +133,7 @@ def time_stages(model: nn.Module, plan: Plan, load: Load, stored_bytes: int, rat
     forward = forward_flops(model, plan, load.positions)
     passes = 2 * tokens * (2 if needs_scores(plan) and plan.recipe.allocation in NEEDS_SCORES else 1) + 2 * riding
     head = 2 * 2 * riding * _number(text_config(model), "vocab_size", 0) * _number(text_config(model), "hidden_size", 0)
-    stages = {"forward": (forward * passes + head) / rates.product}
+    stages = {"start": START, "forward": (forward * passes + head) / rates.product}
     if "gram" in plan.needs:
         stages["statistics"] = sum(_gram_flops(plan, name, tokens) for name in plan.blocks) / rates.product
     if plan.needs & GRADIENTS:
@@ -234,6 +235,12 @@ def text_config(model: nn.Module) -> Any:
     """The configuration of the language part; None for a module without one."""
     config = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config  # type: ignore[union-attr]
+
+
+def count_weights(model: nn.Module) -> int:
+    """All parameters, those that are to be tied once, whether they are tied yet or not."""
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    return sum(parameter.numel() for name, parameter in model.named_parameters() if name not in tied)
 
 
 def pruned_weights(plan: Plan) -> int:

@@ -100,7 +100,13 @@ def examine_built(build: str, weights: str | Path, recipe: Recipe, out: str | Pa
     module = _fresh(make, checkpoint, recipe.dtype, device)
     plan = make_plan(module, recipe)
     dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
-    return Built(make, module, checkpoint, plan, _data(recipe, module, dtype, device))
+    data = _data(recipe, module, dtype, device)
+    if data is not None:
+        with torch.no_grad():
+            Job(module, plan, data, Resident(), InPlace()).forward(
+                data.batches[0]
+            )  # a clear error when it does not run
+    return Built(make, module, checkpoint, plan, data)
 
 
 def open_weights(path: Path) -> Checkpoint:

@@ -22,10 +22,11 @@ from secateur.errors import SecateurError
 from secateur.machine import check_device
 from secateur.memory import peak_memory, trim
 from secateur.plan import Plan, make_plan
-from secateur.probe import TOLERANCE, answer, difference, digest, probe_batch
+from secateur.probe import TOLERANCE, answer, difference, digest, probe_batches, vocabulary
 from secateur.prune import Job, LayerReport, Progress, Report, as_dict, no_cache, no_progress, run
 from secateur.recipe import Recipe
-from secateur.stream.source import Source, empty
+from secateur.stream.observe import make_observable
+from secateur.stream.source import Source
 from secateur.stream.staging import Staging, staging_folder
 from secateur.stream.walk import walk
 from secateur.weights.gradients import Loss
@@ -36,19 +37,27 @@ RELOAD_WHOLE = 2 << 30  # bytes: results up to this size are reloaded by stock t
 
 @dataclass
 class Outcome:
-    """What riders showed at the end of the model: the loss of each holdout window, and the probe's answer."""
+    """What riders showed at the end of the model: the loss of each holdout window, and the answers to the probes after
+    them, but for those that the model does not take.
+    """
 
     holdout: int
     losses: dict[int, float] = field(default_factory=dict)
-    probe: Tensor | None = None
+    answers: dict[int, Tensor] = field(default_factory=dict)
     windows: list[Tensor] = field(default_factory=list)
 
     def __call__(self, index: int, output: Any) -> None:
         if index >= self.holdout:
-            self.probe = answer(output).detach().float().cpu()
+            if output is not None:
+                self.answers[index] = answer(output).detach().float().cpu()
             return
         logits = answer(output)[0, :-1].float()
         self.losses[index] = float(nn.functional.cross_entropy(logits, self.windows[index][0, 1:].to(logits.device)))
+
+    @property
+    def probe(self) -> tuple[int, Tensor] | None:
+        """The first probe that was answered: its number among the riders, and the answer."""
+        return min(self.answers.items(), default=None)
 
     @property
     def perplexity(self) -> float | None:
@@ -69,7 +78,7 @@ class Blocks:
 
     def free(self, name: str, module: nn.Module) -> None:
         if name:
-            empty(module)
+            self.source.free(name)
         trim()
 
     def _staged(self, name: str) -> Tensor:
@@ -90,7 +99,7 @@ class Staged:
         return [LayerReport(**{**layer, "shape": tuple(layer["shape"])}) for layer in record["layers"]]
 
     def keep(self, block: str, changed: Collection[str], reports: list[LayerReport]) -> None:
-        tensors = self.source.parameters(block, set(changed))
+        tensors = self.source.parameters(changed)
         self.staging.save(block, tensors, {"layers": [as_dict(report) for report in reports]})
 
     def allocation(self, make: Callable[[], dict[str, float]]) -> dict[str, float]:
@@ -127,7 +136,7 @@ def prune(
     try:
         report = run(job)
         source.checkpoint.close()
-        if outcome.probe is not None and not bool(torch.isfinite(outcome.probe).all()):
+        if outcome.probe is not None and not bool(torch.isfinite(outcome.probe[1]).all()):
             raise SecateurError("the pruned model gives NaN or Inf on the probe: prune less, or compute in float32")
         after = _measures(outcome, source, report)
         before = (staging.record("before") or {}).get("measures", {})
@@ -144,7 +153,7 @@ def prune(
 class Examined:
     """An input that has passed every check. data and riders are where the model computes; nothing is written yet.
 
-    riders: the holdout windows, then the probe where there is one.
+    riders: the holdout windows, then probes, of which the model takes some.
     """
 
     source: Source
@@ -169,15 +178,24 @@ def examine(
     if plan.needs & {"gradient", "fisher", "curvature"}:
         _fits(source)
     holdout = [] if given else _holdout(source, recipe, tokenizer)
-    probe = probe_batch(source.model, recipe.seed) or (data.batches[0] if data is not None else None)
-    riders = [{"input_ids": window} for window in holdout] + ([probe] if probe is not None else [])
-    riders = [_to(batch, source) for batch in riders]
+    probes = [*probe_batches(source.model, recipe.seed)]
+    if data is not None and not (probes and _alike(probes[0], data.batches[0])):
+        probes.append(data.batches[0])
+    riders = [_to(batch, source) for batch in (*({"input_ids": window} for window in holdout), *probes)]
     data = (
         None
         if data is None
         else Data([_to(b, source) for b in data.batches], data.description, data.digest, data.tokens)
     )
     return Examined(source, plan, data, riders, holdout)
+
+
+def _alike(probe: Batch, batch: Batch) -> bool:
+    """Whether a model that takes the one takes the other."""
+    return all(
+        key in probe and (not value.is_floating_point() or value.shape[1:] == probe[key].shape[1:])
+        for key, value in batch.items()
+    )
 
 
 def prepare(
@@ -200,7 +218,8 @@ def prepare(
         outcome = Outcome(len(holdout), windows=list(holdout))
         dense = Blocks(source, staging, lambda _: False)
         keeper = Staged(source, staging)
-        job = Job(source.model, plan, found.data, store, keeper, progress, loss, found.riders, outcome, dense)
+        guesses = found.riders[len(holdout) :]
+        job = Job(source.model, plan, found.data, store, keeper, progress, loss, found.riders, guesses, outcome, dense)
         if staging.record("before") is None:
             _measure_before(job, source, staging, len(holdout))
         return job, source, staging, outcome
@@ -257,16 +276,12 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
-        raise SecateurError(f"{folder}: its tokenizer does not load ({str(error).splitlines()[0]})") from None
-
-
-def _vocabulary(model: nn.Module) -> int | None:
-    find = getattr(model, "get_input_embeddings", None)
-    try:
-        table = find() if find is not None else None
-    except NotImplementedError:
-        return None
-    return getattr(table, "num_embeddings", None)
+        found = (str(error).splitlines() or [type(error).__name__])[0]
+        raise SecateurError(
+            f"{folder}: its tokenizer does not load ({found}).\n"
+            "  Download or export its files again, or move them out of the folder and give pre-tokenized inputs "
+            "(--calibration inputs.safetensors)."
+        ) from None
 
 
 def _calibration(source: Source, plan: Plan, data: Any, tokenizer: Any) -> Data | None:
@@ -274,7 +289,7 @@ def _calibration(source: Source, plan: Plan, data: Any, tokenizer: Any) -> Data 
     if isinstance(data, Data):
         return data
     if data is not None:
-        return inputs.from_iterable(data, None, vocab_size=_vocabulary(source.model))
+        return inputs.from_iterable(data, None, vocab_size=vocabulary(source.model))
     if not recipe.needs():
         return None
     if getattr(source.model, "main_input_name", "input_ids") != "input_ids" and recipe.calibration.source is None:
@@ -290,7 +305,7 @@ def _calibration(source: Source, plan: Plan, data: Any, tokenizer: Any) -> Data 
         seed=None,
         field=recipe.calibration.field,
         encoder_decoder=bool(getattr(source.model.config, "is_encoder_decoder", False)),  # type: ignore[union-attr]
-        vocab_size=_vocabulary(source.model),
+        vocab_size=vocabulary(source.model),
     )
 
 
@@ -371,7 +386,7 @@ def _write(report: Report, job: Job, source: Source, staging: Staging, outcome: 
     """Put the result together, reload it, compare, and only then give it its name."""
     started = time.perf_counter()
     copies = source.other_files()
-    probe = None if outcome.probe is None else digest(outcome.probe)
+    probe = None if outcome.probe is None else _described(outcome, job)
     report.peak_memory = peak_memory()
     details = manifest(report, source.folder, probe, job.plan.recipe.seed)
     folder = staging.assemble({"README.md": card(report, source.folder).encode()}, copies)
@@ -386,21 +401,26 @@ def _write(report: Report, job: Job, source: Source, staging: Staging, outcome: 
     job.progress("verify", 1, 1, "done")
 
 
-def verify(folder: Path, job: Job, source: Source, expected: Tensor | None) -> tuple[str, float]:
+def _described(outcome: Outcome, job: Job) -> dict[str, Any]:
+    """What to write down of the probe: which guess it is, its shapes, and the answer."""
+    assert outcome.probe is not None
+    index, found = outcome.probe
+    shapes = {key: list(value.shape) for key, value in job.riders[index].items()}
+    return {"guess": index - outcome.holdout, "inputs": shapes, **digest(found)}
+
+
+def verify(folder: Path, job: Job, source: Source, probe: tuple[int, Tensor] | None) -> tuple[str, float]:
     """Load the result again and compare the probe's answer with the one from memory: (how, relative difference).
 
     Raises SecateurError when they differ.
     """
-    if expected is None:
+    if probe is None:
         return "not compared: the model's config does not tell what input it takes", 0.0
-    batch = job.riders[-1]
+    batch, expected = job.riders[probe[0]], probe[1]
     if source.checkpoint.bytes <= RELOAD_WHOLE:
         how = "stock transformers"
         model = type(source.model).from_pretrained(folder, dtype=source.dtype).to(source.device).eval()  # type: ignore[attr-defined]
-        if hasattr(model, "set_experts_implementation"):
-            from secateur.stream.source import eager_experts
-
-            eager_experts(model)
+        make_observable(model)
         with torch.no_grad():
             found = answer(call(model, batch, **no_cache(model))).float().cpu()
     else:
@@ -423,8 +443,7 @@ def _reloaded_by_blocks(folder: Path, job: Job, source: Source, batch: Batch) ->
     store = Blocks(again, None, lambda _: False)  # type: ignore[arg-type]
     fresh = Job(again.model, plan, None, store, job.keeper, job.progress)
     pass_through(fresh, [batch], outcome, "verify")
-    assert outcome.probe is not None
-    return outcome.probe
+    return outcome.answers[0]
 
 
 def describe(measures: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +17,8 @@ from secateur.weights.criteria import CRITERIA
 from secateur.weights.granularity import Choose, Granularity, parse
 from secateur.weights.layers import Layer, find_layers, matches, no_match
 from secateur.weights.update import UPDATES
+
+FEW = 0.05  # of the prunable weights: layers that a pattern does not divide are protected if they hold no more
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ class Plan:
 
 
 def make_plan(model: nn.Module, recipe: Recipe) -> Plan:
-    """Raises SecateurError when nothing can be pruned, a glob matches nothing, or a pattern does not divide a layer."""
+    """Raises SecateurError when nothing can be pruned, a glob matches nothing, or a pattern does not divide some layers."""
     blocks = find_blocks(model)
     found = find_layers(model, blocks, recipe.protect, recipe.include)
     if not found.layers:
@@ -81,10 +84,9 @@ def make_plan(model: nn.Module, recipe: Recipe) -> Plan:
             raise SecateurError(f"overrides: {no_match(override.match, names)}")
     homes = blocks or {"": model}
     settings = [_setting(recipe, layer, _home(layer, homes)) for layer in found.layers]
-    for setting in settings:
-        _divides(setting)
+    settings, undivided = _divided(settings, recipe.include)
     outside = {s.block: model.get_submodule(s.block) for s in settings if s.block not in homes}
-    return Plan(recipe, {**homes, **outside}, settings, found.protected)
+    return Plan(recipe, {**homes, **outside}, settings, {**found.protected, **undivided})
 
 
 def _home(layer: Layer, blocks: Mapping[str, nn.Module]) -> str:
@@ -124,16 +126,36 @@ def _overridden(recipe: Recipe, override: Override) -> Recipe:
     return changed
 
 
-def _divides(setting: Setting) -> None:
+def _divided(settings: list[Setting], include: Sequence[str]) -> tuple[list[Setting], dict[str, str]]:
+    """The settings whose patterns divide their layers, and why the others are protected: few weights that do not matter.
+
+    Raises SecateurError when they are more than a few, or asked for by name.
+    """
+    apart = {s.layer.name: reason for s in settings if (reason := _undivided(s))}
+    weights = {s.layer.name: math.prod(s.layer.shape) for s in settings}
+    few = sum(weights[name] for name in apart) <= FEW * sum(weights.values())
+    for setting in settings:
+        name, (out, width) = setting.layer.name, setting.layer.shape
+        if name in apart and not (few and not setting.fixed and not matches(name, include)):
+            some = [f"{n}:{m}" for n, m in ((1, 2), (2, 4), (2, 5), (3, 6), (4, 8)) if width % m == 0]
+            others = f" ({len(apart) - 1} more layers are like it)" if len(apart) > 1 else ""
+            raise SecateurError(
+                f"{name} has shape {[out, width]}; pattern {setting.granularity} needs a {apart[name]}{others}.\n"
+                f"  Protect it with  --protect '{name}'"
+                + (f"  or choose a pattern that divides {width} ({', '.join(some)})." if some else ".")
+            )
+    reasons = {
+        s.layer.name: f"pattern {s.granularity} needs a {apart[n]}" for s in settings if (n := s.layer.name) in apart
+    }
+    return [s for s in settings if s.layer.name not in apart], reasons
+
+
+def _undivided(setting: Setting) -> str | None:
     (out, width), (height, across) = setting.layer.shape, setting.granularity.divisor
     for found, needed, what in ((width, across, "inputs"), (out, height, "outputs")):
         if found % needed:
-            some = [f"{n}:{m}" for n, m in ((1, 2), (2, 4), (2, 5), (3, 6), (4, 8)) if width % m == 0]
-            raise SecateurError(
-                f"{setting.layer.name} has shape {list(setting.layer.shape)}; pattern {setting.granularity} needs a "
-                f"multiple of {needed} {what}.\n  Protect it with  --protect '{setting.layer.name}'"
-                + (f"  or choose a pattern that divides {width} ({', '.join(some)})." if some else ".")
-            )
+            return f"multiple of {needed} {what}"
+    return None
 
 
 def allocated(plan: Plan, summaries: Sequence[Summary]) -> dict[str, float]:

@@ -18,7 +18,7 @@ from secateur.data import Batch, Data, call, from_iterable
 from secateur.errors import SecateurError
 from secateur.plan import Plan, Setting, allocated, make_plan, needs_scores, with_sparsities
 from secateur.recipe import Recipe
-from secateur.stream.observe import Watched, collect
+from secateur.stream.observe import Watched, collect, make_observable
 from secateur.stream.walk import Resident, Stopped, Store, walk
 from secateur.weights.allocation import Summary, summarize
 from secateur.weights.criteria import CRITERIA
@@ -102,7 +102,8 @@ class InPlace:
 
 @dataclass
 class Job:
-    """Everything that a pruning run works on. riders: batches that go along to the end and are not learned from.
+    """Everything that a pruning run works on. riders: batches that go along to the end and are not learned from; guesses:
+    those of them that the model may not take, whose output then is None.
     dense: where blocks come from before pruning begins; `store` gives those that an earlier run pruned as they now are.
     """
 
@@ -114,6 +115,7 @@ class Job:
     progress: Progress = no_progress
     loss: Loss | None = None
     riders: Sequence[Batch] = ()
+    guesses: Sequence[Batch] = ()
     finish: Callable[[int, Any], None] | None = None
     dense: Store | None = None
     seconds: dict[str, float] = field(default_factory=dict)
@@ -127,7 +129,9 @@ class Job:
         """The model's own forward, without a cache: a block called twice would append to it twice."""
         try:
             return call(self.model, batch, **no_cache(self.model))
-        except (TypeError, ValueError, LookupError, RuntimeError) as error:
+        except (TypeError, ValueError, LookupError, RuntimeError, AttributeError, AssertionError) as error:
+            if any(batch is guess for guess in self.guesses):
+                return None
             found = ", ".join(f"{key} {list(value.shape)}" for key, value in batch.items())
             wanted = ", ".join(inspect.signature(self.model.forward).parameters)
             raise SecateurError(
@@ -155,7 +159,7 @@ def prune_(
     plan = make_plan(model, recipe)
     if data is not None and not isinstance(data, Data):
         data = from_iterable(data, None)
-    training = model.training
+    training, undo = model.training, make_observable(model)
     before = {s.layer.parameter: model.get_parameter(s.layer.parameter).detach().clone() for s in plan.settings}
     model.eval()
     job = Job(model, plan, data, Resident(), InPlace(), progress, loss)
@@ -167,6 +171,7 @@ def prune_(
                 model.get_parameter(name).copy_(value)
         raise
     finally:
+        undo()
         model.train(training)
 
 

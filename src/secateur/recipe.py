@@ -246,6 +246,7 @@ def make_run(values: Mapping[str, Any], where: str = "recipe") -> Run:
     if name is None:
         name = "magnitude" if values.get("threshold") and "criterion" not in values else DEFAULT_METHOD
     base = METHODS[_known_method(name)] | {key: value for key, value in values.items() if value is not None}
+    base["method"] = name
     amounts = ("sparsity" in base, "threshold" in base, ":" in str(base.get("granularity", "")))
     return validate(Run, base if any(amounts) else base | {"sparsity": DEFAULT_SPARSITY}, where)
 

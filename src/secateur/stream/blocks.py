@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch import nn
 
+CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 MOST_TYPES = 3  # a list of blocks holds modules of few types (attention and Mamba blocks, dense and MoE blocks)
 LEAST_SHARE = 0.01  # of the parameters outside embeddings, held by one list
 LEAST_TOTAL = 0.2  # ... and by all lists together
@@ -13,7 +16,8 @@ def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
     """Name -> block, in the order of registration; empty when the model has no repeated blocks.
 
     Blocks are the members of the outermost `ModuleList`s and `Sequential`s that hold at least two modules, of few types,
-    each with two matrices or more. An encoder-decoder has two such lists, a vision-language model often too.
+    each with two matrices or more; where a member is itself a mere container, its own members. An encoder-decoder has two
+    such lists, a vision-language model often too.
     """
     whole = _size(model, embeddings=False)
     found: dict[str, nn.Module] = {}
@@ -26,9 +30,19 @@ def _search(module: nn.Module, prefix: str, whole: int, found: dict[str, nn.Modu
     for name, child in module.named_children():
         path = f"{prefix}{name}"
         if isinstance(child, (nn.ModuleList, nn.Sequential)) and _repeats(child, whole):
-            found.update({f"{path}.{key}": block for key, block in child.named_children() if _size(block)})
+            for key, block in child.named_children():
+                found.update(_callable(f"{path}.{key}", block))
         else:
             _search(child, f"{path}.", whole, found)
+
+
+def _callable(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The module, or its parts where it is a mere container, which nobody calls as a whole or may not be so called."""
+    if isinstance(module, CONTAINERS):
+        for key, child in module.named_children():
+            yield from _callable(f"{path}.{key}", child)
+    elif _size(module):
+        yield path, module
 
 
 def _repeats(container: nn.Module, whole: int) -> bool:

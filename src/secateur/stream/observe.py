@@ -7,7 +7,8 @@ parameter. That covers modules, functional calls, raw use of `.weight`, fused at
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +44,7 @@ class Observer(TorchDispatchMode):
         super().__init__()
         self.inputs: dict[str, Inputs] = {}
         self.transposed: dict[str, bool] = {}
+        self.unclear: set[str] = set()  # used in parts or in another shape: what was seen is not what they are fed
         self.gram, self.share = gram, share
         self._ranges = sorted(
             ((w.parameter.data_ptr(), w.parameter.nbytes, w) for w in watched if w.parameter.numel()),
@@ -89,18 +91,32 @@ class Observer(TorchDispatchMode):
             self._record(found, operand, x, contraction != 1, other._version)
             return
 
+    def grouped(self, left: Tensor, right: Tensor, ends: Tensor | None) -> None:
+        """Tokens sorted by expert: left [n, k], right [experts, k, m], ends: where each expert's tokens end."""
+        found = self._find(right)
+        if found is None or ends is None or left.ndim != 2 or right.ndim != 3:
+            return
+        start = 0
+        for index, end in enumerate(ends.tolist()):
+            offset = found[1] + index * right.stride(0) * right.element_size()
+            self._record((found[0], offset), right[index], left[start:end], right.stride(-2) != 1, left._version)
+            start = end
+
     def _record(self, found: tuple[Watched, int], operand: Tensor, x: Tensor, transposed: bool, version: int) -> None:
         watched, offset = found
         names, parameter = watched.names, watched.parameter
-        if len(names) == 1:
-            self._add(names[0], x.reshape(1, -1, x.shape[-1]), transposed, version)
-        elif operand.ndim == 3:
-            first = offset // (parameter[0].numel() * parameter.element_size())
+        stacked = len(names) > 1
+        member = parameter[0] if stacked else parameter
+        first = offset // (member.numel() * member.element_size()) if stacked else 0
+        width = member.shape[0] if transposed else member[0].numel()
+        whole = operand.shape[-2:].numel() == member.numel() or not stacked
+        if x.shape[-1] != width or not whole:
+            self.unclear.update(names)
+        elif stacked and operand.ndim == 3:
             for index in range(operand.shape[0]):
                 self._add(names[first + index], x[index][None], transposed, version)
         else:
-            index = offset // (parameter[0].numel() * parameter.element_size())
-            self._add(names[index], x.reshape(1, -1, x.shape[-1]), transposed, version)
+            self._add(names[first], x.reshape(1, -1, x.shape[-1]), transposed, version)
 
     def convolution(
         self,
@@ -116,6 +132,9 @@ class Observer(TorchDispatchMode):
     ) -> None:
         found = self._find(weight)
         if found is None or transposed:
+            return
+        if weight.numel() != found[0].parameter.numel():
+            self.unclear.update(found[0].names)
             return
         for sample in x.split(max(1, (1 << 22) // max(1, x[0].numel() * weight[0, 0].numel()))):
             patches = unfold(sample, weight.shape[2:], stride, padding, dilation, groups)
@@ -161,12 +180,17 @@ def _look_mv(observer: Observer, matrix: Tensor, vector: Tensor, *_: Any) -> Non
     observer.product(matrix, vector[:, None])
 
 
+def _look_grouped(observer: Observer, left: Tensor, right: Tensor, ends: Tensor | None = None, *_: Any) -> None:
+    observer.grouped(left, right, ends)
+
+
 _LOOKS: dict[Any, Callable[..., None]] = {
     aten.mm.default: _look_mm,
     aten.bmm.default: _look_mm,
     aten.addmm.default: _look_addmm,
     aten.baddbmm.default: _look_addmm,
     aten.mv.default: _look_mv,
+    aten._grouped_mm.default: _look_grouped,
     aten.convolution.default: Observer.convolution,
 }
 
@@ -194,18 +218,53 @@ def unfold(
 def collect(
     run: Callable[[], Iterable[int]], watched: Sequence[Watched], gram: bool, each: Callable[[int], None] | None = None
 ) -> tuple[dict[str, Inputs], dict[str, bool]]:
-    """Inputs per matrix name, and which matrices were used transposed. `run()` calls the block once per item."""
+    """Inputs per matrix name, and which matrices were used transposed. `run()` calls the block once per item.
+
+    A matrix that is used in ways that are not understood has no inputs.
+    """
     for share in (True, False):
         observer = Observer(watched, gram, share)
         try:
-            with observer:
+            with observer, _no_fused_attention():
                 for index in run():
                     observer.next_call()
                     if each is not None:
                         each(index)
-            for inputs in observer.inputs.values():
+            found = {name: seen for name, seen in observer.inputs.items() if name not in observer.unclear}
+            for inputs in found.values():
                 inputs.complete()
-            return observer.inputs, observer.transposed
+            return found, observer.transposed
         except Diverged:
             continue
     raise AssertionError("unreachable: without sharing nothing diverges")
+
+
+@contextlib.contextmanager
+def _no_fused_attention() -> Iterator[None]:
+    """torch's own attention modules may run as one fused operator, in which no product is seen."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+
+
+def make_observable(model: Any) -> Callable[[], None]:
+    """Have a transformers model multiply stacked experts one by one, so that each one's inputs can be seen, and keep no
+    cache, to which a block called twice would append twice. Returns what undoes it.
+    """
+    configs = {id(c): c for m in model.modules() if getattr(c := getattr(m, "config", None), "use_cache", False)}
+    for config in configs.values():
+        config.use_cache = False
+    experts = model.get_experts_implementation() if hasattr(model, "get_experts_implementation") else None
+    with contextlib.suppress(AttributeError, KeyError, ValueError, RuntimeError):
+        model.set_experts_implementation("eager")
+
+    def undo() -> None:
+        for config in configs.values():
+            config.use_cache = True
+        if experts is not None:
+            model.set_experts_implementation(experts)
+
+    return undo

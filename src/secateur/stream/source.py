@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from secateur.errors import SecateurError
-from secateur.stream.checkpoint import DTYPES, Checkpoint, open_checkpoint, read_json
+from secateur.stream.checkpoint import DTYPES, Checkpoint, open_checkpoint
 from secateur.stream.naming import Group, Naming, Read
+from secateur.stream.skeleton import build, check_folder, compute, compute_dtype, may_be_missing, stored_dtype
 
-HEAVY = 32 << 20  # bytes: tables outside the blocks larger than this are loaded when they are called
+HEAVY = 32 << 20  # bytes: tables outside the blocks larger than this are loaded when they are used
 NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".py")
 
 
 class Source:
-    """A model folder: a skeleton whose parameters are on the meta device, filled block by block."""
+    """A model folder: a skeleton whose parameters are on the meta device, filled block by block.
+
+    Parameters with several names (tied weights, shared blocks) are one object under all of them.
+    """
 
     def __init__(self, folder: Path, dtype: str, device: str) -> None:
         """Raises SecateurError for anything that is not a plain, unquantized safetensors folder."""
@@ -26,13 +30,16 @@ class Source:
         self.config = check_folder(folder)
         self.checkpoint: Checkpoint = open_checkpoint(folder)
         self.device = torch.device(device)
-        self.stored = _stored_dtype(self.checkpoint)
+        self.stored = stored_dtype(self.checkpoint)
         self.dtype = compute_dtype(dtype, self.stored, self.device)
         self.model = build(folder, self.dtype)
-        self.naming = Naming(self.model, self.checkpoint.entries)
+        self.naming = Naming(self.model, self.checkpoint.entries, self._blank)
+        self._made_by: dict[str, Group] = {name: g for g in self.naming.groups.values() for name in g.members}
+        self._check_shapes()
+        self._aliases = self._find_aliases()
         self._stored_dtypes: dict[str, torch.dtype] = {}
-        self._lazy: dict[str, nn.Module] = {}
-        self._check_complete()
+        self._lazy: list[nn.Module] = []
+        self._resident = self._compute_missing()
 
     def other_files(self) -> list[str]:
         """Files that the result takes over as they are: configuration, tokenizer, processor."""
@@ -46,70 +53,126 @@ class Source:
         )
 
     def load(self, prefix: str, read: Read | None = None) -> None:
-        """Fill the parameters and buffers below a module from the checkpoint, or from what `read` gives."""
-        for group in self.naming.within(prefix):
+        """Fill the parameters and buffers below a module from the checkpoint, or from what `read` gives. What stays loaded
+        is as it was last left, pruned or not, unless `read` has it.
+        """
+        start = f"{prefix}." if prefix else ""
+        names = [start + name for name in self.model.get_submodule(prefix).state_dict()]
+        for group in self._groups([name for name in names if read is not None or name not in self._resident]):
             self._fill(group, read)
-        if not prefix:
-            self._tie()
+
+    def free(self, prefix: str) -> None:
+        """Put the parameters below a module on the meta device, but for those that others need."""
+        keep = {id(self.model.get_parameter(name)) for name in self._resident}
+        empty(self.model.get_submodule(prefix), keep)
 
     def stored_dtype(self, parameter: str) -> torch.dtype:
         """What the checkpoint stores a parameter as."""
         return self._stored_dtypes[parameter]
 
     def load_outside(self, blocks: Mapping[str, nn.Module]) -> None:
-        """Fill everything that is in no block; heavy tables only when they are called, the output head not at all."""
+        """Fill everything that is not in one block alone; heavy tables only when they are used."""
         if "" in blocks:
             return
+        self._resident |= self._shared(blocks)
         inside = tuple(f"{name}." for name in blocks)
         lazy = self._heavy_tables(inside)
         for group in self.naming.groups.values():
-            if not group.key.startswith(inside) and group.key.rpartition(".")[0] not in lazy:
+            wanted = [n for n in group.members if not n.startswith(inside) or n in self._resident]
+            if any(n.rpartition(".")[0] not in lazy for name in wanted for n in self._names(name)):
                 self._fill(group, None)
-        self._tie()
         for name, module in lazy.items():
-            module.register_forward_pre_hook(lambda _module, _args, name=name: self._load_table(name))
-        self._lazy = lazy
+            module.__dict__["_parameters"] = _OnUse(module._parameters, functools.partial(self.load, name))
+            self._lazy.append(module)
 
     def free_tables(self) -> None:
-        """Drop heavy tables until they are called again."""
-        for module in self._lazy.values():
+        """Drop heavy tables until they are used again."""
+        for module in self._lazy:
             empty(module)
 
-    def parameters(self, prefix: str, names: set[str]) -> dict[str, Tensor]:
-        """Name on disk -> tensor, for the groups below a module that hold one of the named parameters."""
+    def parameters(self, names: Collection[str]) -> dict[str, Tensor]:
+        """Name on disk -> tensor, for all that is stored of the named parameters."""
         out: dict[str, Tensor] = {}
-        state = {f"{prefix}.{k}" if prefix else k: v for k, v in self.model.get_submodule(prefix).state_dict().items()}
-        for group in self.naming.within(prefix):
-            members = {group.key} if group.converter is None else self._members(group)
-            if members & names:
-                out.update(self.naming.disassemble(group, {name: state[name] for name in members}))
+        for group in self._groups(names):
+            out.update(self.naming.disassemble(group, {name: self.model.get_parameter(name) for name in group.members}))
         return out
 
-    def _members(self, group: Group) -> set[str]:
-        return set(self.naming.assemble(group, self.checkpoint.read))
+    def _blank(self, name: str) -> Tensor:
+        entry = self.checkpoint.entries[name]
+        return torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="meta")
+
+    def _names(self, name: str) -> tuple[str, ...]:
+        """All names of a parameter."""
+        return self._aliases.get(name, (name,))
+
+    def _groups(self, names: Collection[str]) -> list[Group]:
+        """The groups that make the named parameters, under whichever of their names the checkpoint has them."""
+        found = {g.key: g for name in names for n in self._names(name) if (g := self._made_by.get(n)) is not None}
+        return list(found.values())
 
     def _fill(self, group: Group, read: Read | None) -> None:
         made = self.naming.assemble(group, read or self.checkpoint.read)
         if read is None:
             self.naming.verify(group, made, self.checkpoint.read)
         for name, tensor in made.items():
-            self._stored_dtypes[name] = tensor.dtype
             self._set(name, tensor)
 
     def _set(self, name: str, tensor: Tensor) -> None:
-        path, _, key = name.rpartition(".")
-        module = self.model.get_submodule(path)
-        current = getattr(module, key)
-        if current.shape != tensor.shape:
-            raise SecateurError(
-                f"{name} has shape {list(tensor.shape)} in the checkpoint; config.json makes it {list(current.shape)}.\n"
-                "  The config and the weights do not belong together."
-            )
+        module, key = self._place(name)
+        current = self._current(name)
         value = tensor.to(self.device, current.dtype, copy=True)
-        if key in module._parameters:
-            module._parameters[key] = nn.Parameter(value, requires_grad=False)
-        else:
+        if key in module._buffers:
             module._buffers[key] = value
+            return
+        parameter = nn.Parameter(value, requires_grad=False)
+        for alias in self._names(name):
+            self._stored_dtypes[alias] = tensor.dtype
+            module, key = self._place(alias)
+            module._parameters[key] = parameter
+
+    def _current(self, name: str) -> Tensor:
+        """A parameter or buffer as it now is: asking for it is no use of it."""
+        module, key = self._place(name)
+        found = module._parameters.get(key)
+        found = module._buffers[key] if found is None else found
+        assert found is not None
+        return found
+
+    def _place(self, name: str) -> tuple[nn.Module, str]:
+        path, _, key = name.rpartition(".")
+        return self.model.get_submodule(path), key
+
+    def _find_aliases(self) -> dict[str, tuple[str, ...]]:
+        """Name -> all names of the same parameter, for those that have several.
+
+        As in stock transformers, what the config ties is not tied when the checkpoint has both, with different values.
+        """
+        names: dict[int, list[str]] = {}
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            names.setdefault(id(parameter), []).append(name)
+        aliases = {}
+        for group in names.values():
+            stored = [name for name in group if name in self._made_by]
+            apart = [name for name in stored[1:] if not self._same(stored[0], name)]
+            for name in apart:
+                module, key = self._place(name)
+                module._parameters[key] = nn.Parameter(torch.empty_like(module._parameters[key]), requires_grad=False)
+            together = tuple(name for name in group if name not in apart)
+            aliases.update({name: together for name in together if len(together) > 1})
+        return aliases
+
+    def _same(self, one: str, other: str) -> bool:
+        made = (self.naming.assemble(self._made_by[name], self.checkpoint.read)[name] for name in (one, other))
+        return torch.equal(*made)
+
+    def _shared(self, blocks: Mapping[str, nn.Module]) -> set[str]:
+        """Parameters that lie in several blocks, or in a block and outside: they stay loaded throughout."""
+        found = set()
+        for name, aliases in self._aliases.items():
+            homes = {next((block for block in blocks if alias.startswith(f"{block}.")), "") for alias in aliases}
+            if len(homes) > 1:
+                found.add(name)
+        return found
 
     def _heavy_tables(self, inside: tuple[str, ...]) -> dict[str, nn.Module]:
         size = torch.empty(0, dtype=self.dtype).element_size()
@@ -118,145 +181,57 @@ class Source:
             for name, module in self.model.named_modules()
             if isinstance(module, (nn.Embedding, nn.Linear))
             and not f"{name}.".startswith(inside)
+            and not any(f"{name}.{key}" in self._resident for key in module._parameters)
             and module.weight.numel() * size > HEAVY
         }
 
-    def _load_table(self, name: str) -> None:
-        module = self.model.get_submodule(name)
-        if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
-            groups = self.naming.within(name)
-            if not groups:  # tied to a table under another name
-                groups = self.naming.within(self._tied_to(name))
-            for group in groups:
-                made = self.naming.assemble(group, self.checkpoint.read)
-                for key, tensor in made.items():
-                    self._set(f"{name}.{key.rpartition('.')[2]}", tensor)
-
-    def _tied_to(self, name: str) -> str:
-        for tied in (getattr(self.model, "all_tied_weights_keys", None) or {}).items():
-            for one, other in (tied, tied[::-1]):
-                if one == f"{name}.weight" and self.naming.within(other.rpartition(".")[0]):
-                    return other.rpartition(".")[0]
-        raise SecateurError(f"the checkpoint has no weights for {name}")
-
-    def _tie(self) -> None:
-        if hasattr(self.model, "tie_weights"):
-            self.model.tie_weights()  # type: ignore[operator]
-
-    def _check_complete(self) -> None:
-        made: set[str] = set()
+    def _check_shapes(self) -> None:
         for group in self.naming.groups.values():
-            made |= {group.key} if group.converter is None else self._shapes(group)
-        tied = getattr(self.model, "all_tied_weights_keys", None) or {}
-        wanted = {name for name, parameter in self.model.named_parameters() if parameter.is_meta}
-        missing = sorted(wanted - made - set(tied) - set(tied.values()))
+            for name, shape in group.members.items():
+                needed = self._current(name).shape
+                if shape != needed:
+                    raise SecateurError(
+                        f"{name} has shape {list(shape)} in the checkpoint; config.json makes it {list(needed)}.\n"
+                        "  The config and the weights do not belong together."
+                    )
+
+    def _compute_missing(self) -> set[str]:
+        """Find that the checkpoint has everything but what the model's class can make itself; make that. Its names."""
+        wanted = [name for name, parameter in self.model.named_parameters() if parameter.is_meta]
+        absent = [name for name in wanted if not self._groups([name])]
+        missing = [name for name in absent if not may_be_missing(self.model, name)]
         if missing:
             raise SecateurError(
                 f"{self.folder} lacks {missing[0]}" + (f" and {len(missing) - 1} more" if missing[1:] else "") + ".\n"
                 f"  config.json asks for a {type(self.model).__name__}; the weights are another model's, or incomplete."
             )
-
-    def _shapes(self, group: Group) -> set[str]:
-        """The names that a conversion makes, found on the meta device."""
-        entries = self.checkpoint.entries
-        return set(
-            self.naming.assemble(
-                group, lambda name: torch.empty(entries[name].shape, dtype=DTYPES[entries[name].dtype], device="meta")
-            )
-        )
+        compute(self.model, set(absent), self.device)
+        return set(absent)
 
 
-def empty(module: nn.Module) -> None:
-    """Put the parameters and stored buffers of a module on the meta device."""
+class _OnUse(dict[str, nn.Parameter | None]):
+    """A module's parameters, loaded when one is first used, by a call of the module or past it."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter | None], load: Callable[[], None]) -> None:
+        super().__init__(parameters)
+        self._load = load
+
+    def __getitem__(self, key: str) -> nn.Parameter | None:
+        value = super().__getitem__(key)
+        if value is not None and value.is_meta and not self._loading:
+            self._loading = True
+            try:
+                self._load()
+            finally:
+                self._loading = False
+        return super().__getitem__(key)
+
+    _loading = False
+
+
+def empty(module: nn.Module, keep: Collection[int] = ()) -> None:
+    """Put the parameters of a module on the meta device. keep: ids of those that stay."""
     for part in module.modules():
         for key, parameter in part._parameters.items():
-            if parameter is not None:
+            if parameter is not None and id(parameter) not in keep:
                 part._parameters[key] = nn.Parameter(parameter.to("meta"), requires_grad=False)
-
-
-def check_folder(folder: Path) -> dict[str, Any]:
-    """The config of a folder that can be pruned. Raises SecateurError with the way out for one that cannot."""
-    if not folder.is_dir():
-        raise SecateurError(f"{folder} is not a folder; expected a local Hugging Face model folder or a hub id")
-    if not (folder / "config.json").exists() and (folder / "adapter_config.json").exists():
-        raise SecateurError(
-            f"{folder} holds an adapter, not a model. Merge it into its base model first "
-            "(peft: model.merge_and_unload(), then save_pretrained)."
-        )
-    config = read_json(folder / "config.json")
-    quantized = config.get("quantization_config") or config.get("compression_config")
-    if quantized:
-        kind = quantized.get("quant_method", "unknown method") if isinstance(quantized, dict) else quantized
-        raise SecateurError(
-            f"{folder} is quantized ({kind}); pruning needs the plain weights.\n"
-            "  Prune the original model and quantize the result, or dequantize first "
-            "(transformers: model.dequantize(), then save_pretrained)."
-        )
-    return config
-
-
-def build(folder: Path, dtype: torch.dtype) -> nn.Module:
-    """The model of a folder's config, in eval mode, with parameters on the meta device and real buffers."""
-    import transformers
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig
-
-    raw = read_json(folder / "config.json")
-    architecture = (raw.get("architectures") or [None])[0]
-    kind = getattr(transformers, str(architecture), None)
-    own_code = SecateurError(
-        f"{folder} needs code of its own ({architecture}), and remote code is not run here.\n"
-        "  Build the model yourself and prune it in memory: secateur prune --build module:function --weights ..."
-    )
-    if not hasattr(kind, "_from_config"):
-        if raw.get("auto_map"):
-            raise own_code
-        raise SecateurError(
-            f"{folder / 'config.json'} names the architecture {architecture!r}, which transformers "
-            f'{transformers.__version__} does not have.\n  Name one in "architectures", or upgrade transformers.'
-        )
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        with init_empty_weights(include_buffers=False):
-            model = kind._from_config(config, dtype=dtype)
-    except SecateurError:
-        raise
-    except Exception as error:
-        if raw.get("auto_map"):
-            raise own_code from None
-        raise SecateurError(
-            f"transformers cannot build {architecture} from {folder / 'config.json'}: {error}"
-        ) from None
-    if hasattr(model, "set_experts_implementation"):
-        eager_experts(model)
-    return model.eval().requires_grad_(False)
-
-
-def eager_experts(model: Any) -> None:
-    """Have stacked experts multiplied one by one, so that each one's inputs can be seen."""
-    try:
-        model.set_experts_implementation("eager")
-    except (ValueError, AttributeError, KeyError):
-        return
-
-
-def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    sizes: dict[str, int] = {}
-    for name, entry in checkpoint.entries.items():
-        if entry.dtype not in DTYPES:
-            raise SecateurError(
-                f"{name} in {checkpoint.folder / entry.shard} is stored as {entry.dtype}; expected float32, bfloat16 or "
-                "float16.\n  Dequantize the checkpoint first (transformers: model.dequantize(), then save_pretrained)."
-            )
-        sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.stop - entry.start
-    floating = {dtype: size for dtype, size in sizes.items() if DTYPES[dtype].is_floating_point}
-    if not floating:
-        raise SecateurError(f"{checkpoint.folder} holds no floating-point tensors: nothing can be pruned")
-    return DTYPES[max(floating, key=floating.__getitem__)]
-
-
-def compute_dtype(name: str, stored: torch.dtype, device: torch.device) -> torch.dtype:
-    """What the model computes in: as asked, or float32 on a CPU and the stored dtype on an accelerator."""
-    if name != "auto":
-        return getattr(torch, name)
-    return torch.float32 if device.type == "cpu" else stored

@@ -7,6 +7,7 @@ rebuilt or replayed between blocks: masks, rotary embeddings, caches, encoder an
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -79,7 +80,8 @@ def walk(
     """Yield a visit per block. What the caller does to the block's weights is seen by all later blocks.
 
     forward: one batch -> the model's output. Batches in `to_the_end` run to the end, and finish gets (batch index,
-    output); the others are abandoned after the last block, and what follows it (the output head) is never computed.
+    output); the others are abandoned after the last block, and what follows it (the output head) is never computed
+    where every block is entered.
     A block entered a second time (shared blocks) runs with the weights it then has. Gradients are off throughout.
     """
     store = store or Resident()
@@ -88,20 +90,17 @@ def walk(
     done: set[str] = set()
     loaded: set[str] = set()
 
-    def enter(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if getcurrent() is not hub:
-                hub.switch(name, args, kwargs)
+    def enter(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if getcurrent() is not hub:
+            hub.switch(name, args, kwargs)
 
-        return hook
-
-    hooks = [module.register_forward_pre_hook(enter(name), with_kwargs=True) for name, module in blocks.items()]
+    undo = [_intercept(module, functools.partial(enter, name)) for name, module in blocks.items()]
     travelers: list[_Traveler] = []
     with torch.no_grad():
         try:
             travelers = [_Traveler(index, greenlet(forward)) for index in range(len(batches))]
             for traveler in travelers:
-                _advance(traveler, finish, batches[traveler.batch])
+                _advance(traveler, finish if traveler.batch in to_the_end else None, batches[traveler.batch])
             while waiting := [traveler for traveler in travelers if traveler.at is not None]:
                 name = min((t.at for t in waiting if t.at is not None), key=order.__getitem__)
                 here = [traveler for traveler in waiting if traveler.at == name]
@@ -116,7 +115,7 @@ def walk(
                     if last and traveler.batch not in to_the_end:
                         traveler.at = None
                     else:
-                        _advance(traveler, finish)
+                        _advance(traveler, finish if traveler.batch in to_the_end else None)
                 store.free(name, module)
                 loaded.discard(name)
             if batches and not done:
@@ -125,10 +124,31 @@ def walk(
             for traveler in travelers:
                 if not traveler.greenlet.dead:
                     traveler.greenlet.throw(GreenletExit)
-            for hook in hooks:
-                hook.remove()
+            for restore in undo:
+                restore()
             for name in loaded:
                 store.free(name, blocks[name])
+
+
+def _intercept(module: nn.Module, enter: Callable[[tuple[Any, ...], dict[str, Any]], None]) -> Callable[[], None]:
+    """Have `enter` called before the module's forward, whether the module is called or its forward directly (which no hook
+    would see). Returns what undoes it.
+    """
+    forward, own = module.forward, "forward" in vars(module)
+
+    @functools.wraps(forward)
+    def entering(*args: Any, **kwargs: Any) -> Any:
+        enter(args, kwargs)
+        return forward(*args, **kwargs)
+
+    def restore() -> None:
+        if own:
+            module.forward = forward  # type: ignore[method-assign]
+        else:
+            del module.forward
+
+    module.forward = entering  # type: ignore[method-assign]
+    return restore
 
 
 def _advance(traveler: _Traveler, finish: Callable[[int, Any], None] | None, *start: Any) -> None:

@@ -24,15 +24,15 @@ def admm_matrix(weight: Tensor, inputs: Inputs, group: int, choose: Choose, damp
     sparse copy follows the least-squares solution; large, both agree. Then the kept weights are refitted.
     """
     norm, values, vectors = inputs.spectrum(group, damp)
-    dense = weight * norm  # [out, in]
+    dead = inputs.dead(group)  # their weights cost nothing: they go first, and those that stay do not change
+    dense = (weight * norm).masked_fill(dead, 0)  # [out, in]
     if choose.fixed is not None:
         kept, keep = dense * choose.fixed, choose.fixed
     else:
-        dead = inputs.dead(group)  # whatever their norm counts as, their weights cost nothing and go first
-        kept, keep = _alternate(dense.masked_fill(dead, 0), values, vectors, choose)
-        kept = torch.where(dead, dense * keep, kept)
+        kept, keep = _alternate(dense, values, vectors, choose)
     system = (vectors * values) @ vectors.t()
-    return solve_supported(system, dense, keep, kept, POLISH if choose.fixed is None else 20 * POLISH) / norm, keep
+    new = solve_supported(system, dense, keep, kept, POLISH if choose.fixed is None else 20 * POLISH) / norm
+    return torch.where(dead, weight * keep, new), keep
 
 
 def _alternate(dense: Tensor, values: Tensor, vectors: Tensor, choose: Choose) -> tuple[Tensor, Tensor]:

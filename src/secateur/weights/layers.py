@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from secateur.errors import SecateurError
 
@@ -100,7 +102,9 @@ def all_layers(model: nn.Module) -> Iterator[tuple[Layer, nn.Module]]:
 
 def _views(name: str, full: str, module: nn.Module, key: str, parameter: Tensor) -> Iterator[Layer]:
     shape = parameter.shape
-    if isinstance(module, nn.modules.conv._ConvNd):
+    if isinstance(module, ParametrizationList):
+        yield Layer(name, full, (shape[0], shape[1:].numel()), "parametrized")
+    elif isinstance(module, nn.modules.conv._ConvNd):
         kind = "transposed convolution" if module.transposed else "convolution"
         yield Layer(name, full, (shape[0], shape[1:].numel()), kind, groups=module.groups)
     elif isinstance(module, nn.RNNBase):
@@ -111,13 +115,27 @@ def _views(name: str, full: str, module: nn.Module, key: str, parameter: Tensor)
         transposed = type(module).__name__ == "Conv1D"
         out, width = (shape[1], shape[0]) if transposed else (shape[0], shape[1])
         yield Layer(name, full, (out, width), "linear", transposed=transposed)
-    elif parameter.ndim == 3 and min(shape[1:]) > 1 and shape[0] > 1:
+    elif _is_stack(module, parameter):
         transposed = bool(getattr(module, "is_transposed", False))
         out, width = (shape[2], shape[1]) if transposed else (shape[1], shape[2])
         for index in range(shape[0]):
             yield Layer(f"{name}[{index}]", full, (out, width), "expert", index=index, transposed=transposed)
-    elif parameter.ndim == 2:
-        yield Layer(name, full, (shape[0], shape[1]), "other")
+    elif parameter.ndim == 2 or min(shape) > 1:
+        yield Layer(name, full, (shape[0], shape[1:].numel()), "other")
+
+
+def _is_stack(module: nn.Module, parameter: Tensor) -> bool:
+    """Whether a parameter is several matrices, one behind the other (experts, heads with a matrix each).
+
+    A projection to [inputs, heads, width of a head] has three dimensions, too, and there the first is the largest.
+    """
+    first, *member = parameter.shape
+    return (
+        len(member) == 2
+        and min(first, *member) > 1
+        and first < math.prod(member)
+        and not isinstance(module, nn.Bilinear)
+    )
 
 
 def _is_linear(module: nn.Module, key: str, parameter: Tensor) -> bool:
@@ -143,6 +161,7 @@ def _by_kind(layer: Layer, module: nn.Module) -> str | None:
         "embedding": "embedding",
         "transposed convolution": "transposed convolution: not supported",
         "recurrent cell": "recurrent cell: not supported",
+        "parametrized": "part of a weight that is computed when it is used (weight norm and the like)",
         "other": "a parameter that is no layer's weight",
     }.get(layer.kind)
 
