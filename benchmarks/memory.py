@@ -45,9 +45,8 @@ def main() -> None:
             command = [sys.executable, __file__, "--child", method, "--folder", str(folder)]
             done = subprocess.run(command, check=True, capture_output=True, text=True)
             found[method] = json.loads(done.stdout.splitlines()[-1])
-            print(
-                f"{method}: {found[method]['peak_above_imports'] / 1e9:.3f} GB above imports, {found[method]['seconds']:.0f} s"
-            )
+            peak = found[method]["peak_above_imports"] / 1e9
+            print(f"{method}: {peak:.3f} GB above imports, {found[method]['seconds']:.0f} s")
         setting = {
             "blocks": args.blocks,
             "hidden": HIDDEN,

@@ -79,8 +79,8 @@ def dense() -> str:
             shares.append(increase / (math.log(cells[f"sparsegpt:{pattern}"]) - base))
     span = f"{min(shares):.2f} to {max(shares):.2f}" if shares else "?"
     return (
-        f"WikiText-2 perplexity of SmolLM2-135M (dense: {cells['dense:0']:.1f}), every linear layer of every block pruned in "
-        f"one shot, no retraining. The default's increase in log-perplexity is {span} of SparseGPT's."
+        f"WikiText-2 perplexity of SmolLM2-135M (dense: {cells['dense:0']:.1f}), every linear layer of every block "
+        f"pruned in one shot, no retraining. The default's increase in log-perplexity is {span} of SparseGPT's."
     )
 
 

@@ -20,7 +20,7 @@ from secateur.weights.gradients import derivatives
 from secateur.weights.granularity import Choose, parse
 from secateur.weights.stats import Inputs, Stats
 
-OUT, WIDTH, TOKENS, DEAD = 5, 7, 40, 2
+OUT, WIDTH, TOKENS, DEAD = 5, 7, 12, 2
 
 
 class Elementwise(nn.Module):
