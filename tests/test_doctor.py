@@ -284,8 +284,8 @@ print(json.dumps([found.memory, peak[0]]))
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs to see the memory of the process")
 def test_memory_expected_is_within_a_factor_of_two(tmp_path: Path):
-    """In a process of its own, on a model whose weights take 70 MB."""
-    settings = {"vocab_size": 2000, "hidden_size": 640, "intermediate_size": 2560, "num_hidden_layers": 2}
+    """In a process of its own, on a model whose weights take 40 MB."""
+    settings = {"vocab_size": 2000, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 2}
     config = LlamaConfig(**settings, num_attention_heads=8, num_key_value_heads=8, max_position_embeddings=64)
     LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
     save_tokenizer(tmp_path / "model")

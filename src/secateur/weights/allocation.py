@@ -133,7 +133,8 @@ def owl(layers: Sequence[Summary], sparsity: float) -> dict[str, float]:
     sizes = {block: sum(layer.size for layer in members) for block, members in blocks.items()}
     share = {b: sum(m.outliers * m.size for m in members) / sizes[b] for b, members in blocks.items()}
     low, high = min(share.values()), max(share.values())
-    spread = {b: (share[b] - low) / (high - low) * 2 * SWING if high > low else 0.0 for b in share}
+    apart = high - low > 1e-9  # not by rounding alone
+    spread = {b: (share[b] - low) / (high - low) * 2 * SWING if apart else 0.0 for b in share}
     mean = sum(spread[b] * sizes[b] for b in spread) / sum(sizes.values())
     widest = max(abs(mean - part) for part in spread.values())  # up to twice SWING where one block stands out
     room = max(0.0, min(SWING, sparsity, 1 - FLOOR - sparsity))

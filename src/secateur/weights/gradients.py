@@ -59,7 +59,7 @@ def derivatives(
                     )
                 if not bool(torch.isfinite(value)):
                     raise SecateurError(
-                        f"the loss of calibration batch {index} is {float(value)}; expected a finite one"
+                        f"the loss of calibration batch {index} is {float(value.detach())}; expected a finite one"
                     )
                 _add(found, parameters, weights, value, needs, probes, generator)
                 if each is not None:
