@@ -33,20 +33,20 @@ DEAD = (3, 130, 269)
 
 def problem(out: int, width: int, seed: int, dead: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
     """Weights [out, width] and correlated inputs [2 * width, width], the same on every machine; the mean of the diagonal
-    of 2 X'X / tokens is 1 over inputs that live.
+    of 2 X'X (the published Hessian of one sample) is 1 over the inputs that live.
     """
     random = np.random.RandomState(seed)  # its stream is frozen for good
     weight, z = random.randn(out, width), random.randn(2 * width, width)
     x = z + 0.8 * np.roll(z, 1, axis=1) - 0.4 * np.roll(z, 5, axis=1) + 0.7 * random.randn(2 * width, 1)
     x = x * np.exp(random.randn(width) / 2)
     x[:, list(dead)] = 0
-    x /= np.sqrt(2 * (x**2).sum() / len(x) / (width - len(dead)))
+    x /= np.sqrt(2 * (x**2).sum() / (width - len(dead)))
     return torch.from_numpy(weight).float(), torch.from_numpy(x).float()
 
 
 def sparsegpt(weight: Tensor, x: Tensor, amount: str, fewer: int = 0) -> tuple[Tensor, Tensor]:
     """Algorithm 1 of arXiv:2301.00774 as published: weights and mask (True = kept). fewer: to lower k by."""
-    w, h = weight.clone(), 2 * (x.t() @ x) / len(x)
+    w, h = weight.clone(), 2 * x.t() @ x
     dead = h.diagonal() == 0
     h[dead, dead] = 1
     w[:, dead] = 0

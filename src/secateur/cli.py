@@ -164,7 +164,7 @@ def _start(
         bool, typer.Option("--version", help="Print the version and exit.", callback=_version, is_eager=True)
     ] = False,
 ) -> None:
-    _silence()
+    """Options of the program itself."""
 
 
 def _silence() -> None:
@@ -304,6 +304,7 @@ def evaluate(
     """
     from secateur.evaluation import evaluate_folder
 
+    _silence()
     output = Output(as_json, quiet)
     with output.bars() as bars:
         found = evaluate_folder(
@@ -341,6 +342,7 @@ def doctor(
     """
     from secateur.doctor import diagnose
 
+    _silence()
     wanted = {key: value for key, value in {"samples": samples, "length": length}.items() if value is not None}
     found = diagnose(model, validate(Calibration, wanted, "calibration"), device=device, dtype=dtype or "auto")
     output = Output(as_json)
@@ -365,6 +367,7 @@ def demo(
     """
     from secateur.demo.run import demo as run_demo
 
+    _silence()
     output = Output(as_json)
     with output.bars() as bars:
         rows = run_demo(out, bars)
@@ -384,6 +387,7 @@ def _prune(run: Run, device: str, resume: bool, dry_run: bool, output: Output, t
         )
     if run.out is None:
         raise SecateurError("say where to write the result: --out DIR, a new folder")
+    _silence()
     output.show(display.recipe_panel(run.recipe, f"recipe: {title}"))
     if run.model is not None and run.recipe.needs() and run.calibration.source is None:
         output.show(Text(SMALL_TEXT))

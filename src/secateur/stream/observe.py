@@ -252,8 +252,13 @@ def _no_fused_attention() -> Iterator[None]:
 
 def make_observable(model: Any) -> Callable[[], None]:
     """Have a transformers model multiply stacked experts one by one, so that each one's inputs can be seen, and keep no
-    cache, to which a block called twice would append twice. Returns what undoes it.
+    cache, to which a block called twice would append twice. No weight of any module asks for gradients meanwhile: some
+    products are computed in another order where one does, and results would differ in the last digits from those of a
+    checkpoint. Returns what undoes it.
     """
+    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in learned:
+        parameter.requires_grad_(False)
     configs = {id(c): c for m in model.modules() if getattr(c := getattr(m, "config", None), "use_cache", False)}
     for config in configs.values():
         config.use_cache = False
@@ -262,6 +267,8 @@ def make_observable(model: Any) -> Callable[[], None]:
         model.set_experts_implementation("eager")
 
     def undo() -> None:
+        for parameter in learned:
+            parameter.requires_grad_(True)
         for config in configs.values():
             config.use_cache = True
         if experts is not None:
