@@ -171,7 +171,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 def nearest(word: str, known: Any) -> str:
     """ " (did you mean 'x'?)" where a known word is close, for messages."""
-    close = difflib.get_close_matches(word, list(known), 1)
+    close = difflib.get_close_matches(word, list(known), 1, cutoff=0.7)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 

@@ -215,7 +215,7 @@ def test_no_layer_is_emptied(name: str):
         found = allocate(name, summaries(scores, name), sparsity)
         assert all(s <= 1 - FLOOR for s in found.values())
         assert sum(count(found[n], 500) for n in scores) == math.floor(sparsity * 1000 + 1e-9)
-    with pytest.raises(SecateurError, match="every layer keeps 2%, so at most 0.98"):
+    with pytest.raises(SecateurError, match=r"every layer keeps 2%, so at most 0\.98"):
         allocate(name, summaries(scores, name), 0.985)
 
 
@@ -225,6 +225,11 @@ def test_a_single_layer_gets_the_target(name: str):
     for sparsity in (0.0, 0.25, 0.5, 0.8):
         found = allocate(name, summaries(scores, name), sparsity)
         assert found == pytest.approx({"l0": sparsity})
+
+
+@pytest.mark.parametrize("name", ALLOCATIONS)
+def test_nothing_to_allocate(name: str):
+    assert allocate(name, [], 0.5) == {}
 
 
 @pytest.mark.parametrize("name", sorted(set(ALLOCATIONS) - {"global", "lamp"}))

@@ -81,9 +81,11 @@ class Mixture(nn.Module):
 
 
 class Stack(nn.Module):
-    def __init__(self, w: nn.Parameter | None = None) -> None:
+    """Three experts, of two matrices each."""
+
+    def __init__(self) -> None:
         super().__init__()
-        self.w = nn.Parameter(noise(3, 6, 4, seed=0)) if w is None else w
+        self.up_proj, self.down_proj = (nn.Parameter(noise(3, *s, seed=0)) for s in ((6, 4), (4, 6)))
 
 
 class Odd(nn.Module):
@@ -225,9 +227,9 @@ def test_tied_parameters_are_listed_once():
     model.a, model.b = nn.Linear(4, 4), nn.Linear(4, 4)
     model.b.weight = model.a.weight
     model.same = model.a
-    model.one = Stack()
-    model.two = Stack(model.one.w)
-    assert names(split(model)) == ["a", "one.w[0]", "one.w[1]", "one.w[2]"]
+    model.one, model.two = Stack(), Stack()
+    model.two.up_proj, model.two.down_proj = model.one.up_proj, model.one.down_proj
+    assert names(split(model)) == ["a", *(f"one.{kind}_proj[{i}]" for kind in ("up", "down") for i in range(3))]
 
 
 # What a layer's matrix is: the one that its inputs are multiplied with.

@@ -135,8 +135,8 @@ def test_transposed_weights_give_the_same(update: str):
 def test_needs_name_what_is_read(name: str):
     weight, update, choose = noise(OUT, WIDTH, seed=0), UPDATES[name], Choose(parse("layer"), 0.5)
     if "gram" in update.needs:
+        given = Stats(seen(correlated(60, WIDTH), gram=False), damp=DAMP, rows=OUT)
         with pytest.raises((SecateurError, AssertionError)):
-            given = Stats(seen(correlated(60, WIDTH), gram=False), damp=DAMP, rows=OUT)
             update.solve(weight, given, choose, "magnitude")
     else:
         update.solve(weight, Stats(), choose, "magnitude")

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from torch import nn
 
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
-MOST_TYPES = 3  # a list of blocks holds modules of few types (attention and Mamba blocks, dense and MoE blocks)
+MOST_TYPES = 3  # of modules in a list of blocks (attention and Mamba, dense and MoE); a quarter of a long one
 LEAST_SHARE = 0.01  # of the parameters outside embeddings, held by one list
 LEAST_TOTAL = 0.2  # ... and by all lists together
 
@@ -49,7 +49,7 @@ def _repeats(container: nn.Module, whole: int) -> bool:
     members = [child for child in container.children() if _size(child)]
     return (
         len(members) >= 2
-        and len({type(member) for member in members}) <= MOST_TYPES
+        and len({type(member) for member in members}) <= max(MOST_TYPES, len(members) // 4)
         and all(_matrices(member) >= 2 for member in members)
         and sum(_size(member, embeddings=False) for member in members) >= LEAST_SHARE * whole
     )

@@ -7,6 +7,8 @@ rebuilt or replayed between blocks: masks, rotary embeddings, caches, encoder an
 
 from __future__ import annotations
 
+import copy
+import enum
 import functools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -49,11 +51,42 @@ class Visit:
     calls: Sequence[Call]
 
     def replay(self, without: Collection[int] = ()) -> Iterator[int]:
-        """Run the block on the waiting calls, one after the other, and drop the outputs. without: batches to skip."""
+        """Run the block on the waiting calls, one after the other, and drop the outputs. without: batches to skip.
+
+        Caches are copied, and tensors too once a call has changed its arguments in place: they are needed again.
+        """
+        careful = True
         for call in self.calls:
             if call.batch not in without:
-                self.module(*call.args, **call.kwargs)
+                copies: dict[int, Any] = {}
+                args, kwargs = (_copied(part, copies, careful) for part in (call.args, call.kwargs))
+                self.module(*args, **kwargs)
+                careful = careful and any(isinstance(c, torch.Tensor) and c._version for c in copies.values())
                 yield call.batch
+
+
+def _copied(value: Any, copies: dict[int, Any], tensors: bool) -> Any:
+    """A copy of what a call could change: containers, objects that hold state, and tensors where asked. copies: by id of
+    the original, so that what was one object stays one.
+    """
+    if id(value) in copies:
+        return copies[id(value)]
+    if isinstance(value, torch.Tensor):
+        found: Any = value.clone() if tensors else value
+    elif type(value) in (list, tuple):
+        found = type(value)(_copied(item, copies, tensors) for item in value)
+    elif type(value) is dict:
+        found = {key: _copied(item, copies, tensors) for key, item in value.items()}
+    elif hasattr(value, "__dict__") and not callable(value) and not isinstance(value, (dict, enum.Enum)):
+        found = copies[id(value)] = copy.copy(
+            value
+        )  # a cache, a layer of one, or something that is none the worse for it
+        if found is not value:
+            vars(found).update({key: _copied(item, copies, tensors) for key, item in vars(value).items()})
+    else:
+        found = value
+    copies[id(value)] = found
+    return found
 
 
 @dataclass

@@ -39,7 +39,8 @@ def _alternate(dense: Tensor, values: Tensor, vectors: Tensor, choose: Choose) -
     """The relaxed weights at the end, masked, and the mask. values, vectors: spectrum of the scaled Gram matrix."""
     target = ((dense @ vectors) * values) @ vectors.t()  # [out, in]
     keep = choose(dense.abs())
-    sparse, dual = dense * keep, torch.zeros_like(dense)
+    relaxed = sparse = dense * keep
+    dual = torch.zeros_like(dense)
     penalty, looked = FIRST_PENALTY, keep
     inverse = (vectors / (values + penalty)) @ vectors.t()
     for iteration in range(1, MOST + 1):

@@ -154,6 +154,8 @@ NEEDS_SCORES = frozenset({"global", "lamp", "owl"})
 
 def allocate(name: str, layers: Sequence[Summary], sparsity: float) -> dict[str, float]:
     """Layer name -> sparsity. Raises SecateurError when the target would empty layers."""
+    if not layers:
+        return {}
     if name in ("global", "lamp") and sparsity > 1 - FLOOR:
         raise SecateurError(
             f"sparsity {sparsity} with {name} allocation: every layer keeps {FLOOR:.0%}, so at most {1 - FLOOR:.2f}"

@@ -86,7 +86,7 @@ def find_layers(
 def no_match(pattern: str, names: Sequence[str]) -> str:
     """The message for a glob that matches no layer."""
     some = "\n    ".join(names[:6])
-    return f"the pattern {pattern!r} matches no layer. Names are like:\n    {some}\n  `secateur doctor` lists them all."
+    return f"the pattern {pattern!r} matches no layer. Names are like:\n    {some}\n  `secateur doctor --names` lists them all."
 
 
 def all_layers(model: nn.Module) -> Iterator[tuple[Layer, nn.Module]]:
@@ -115,7 +115,7 @@ def _views(name: str, full: str, module: nn.Module, key: str, parameter: Tensor)
         transposed = type(module).__name__ == "Conv1D"
         out, width = (shape[1], shape[0]) if transposed else (shape[0], shape[1])
         yield Layer(name, full, (out, width), "linear", transposed=transposed)
-    elif _is_stack(module, parameter):
+    elif _is_stack(module, key, parameter):
         transposed = bool(getattr(module, "is_transposed", False))
         out, width = (shape[2], shape[1]) if transposed else (shape[1], shape[2])
         for index in range(shape[0]):
@@ -124,18 +124,16 @@ def _views(name: str, full: str, module: nn.Module, key: str, parameter: Tensor)
         yield Layer(name, full, (shape[0], shape[1:].numel()), "other")
 
 
-def _is_stack(module: nn.Module, parameter: Tensor) -> bool:
-    """Whether a parameter is several matrices, one behind the other (experts, heads with a matrix each).
+def _is_stack(module: nn.Module, key: str, parameter: Tensor) -> bool:
+    """Whether a parameter is several matrices, one behind the other: experts, heads with a matrix each.
 
-    A projection to [inputs, heads, width of a head] has three dimensions, too, and there the first is the largest.
+    A projection to [inputs, heads, width of a head] has three dimensions, too, and there the first is the largest. What
+    is not called a weight or the like (states, queries, segments) may be no factor of a product at all.
     """
     first, *member = parameter.shape
-    return (
-        len(member) == 2
-        and min(first, *member) > 1
-        and first < math.prod(member)
-        and not isinstance(module, nn.Bilinear)
-    )
+    if len(member) != 2 or min(first, *member) == 1 or first >= math.prod(member) or isinstance(module, nn.Bilinear):
+        return False
+    return re.search(r"weight|proj|expert|stack|kernel|^w\d*$", key) is not None
 
 
 def _is_linear(module: nn.Module, key: str, parameter: Tensor) -> bool:

@@ -61,7 +61,7 @@ def spectrum(gram: Tensor, damp: float) -> tuple[Tensor, Tensor, Tensor, float]:
     scaled.diagonal()[diagonal <= 0] = 1
     try:
         values, vectors = torch.linalg.eigh(scaled)
-    except torch.linalg.LinAlgError:  # did not converge in float32
+    except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]  # did not converge in float32
         values, vectors = (part.float() for part in torch.linalg.eigh(scaled.double()))
     while float(values[0]) + damp < 1e-5:  # rounding can leave small negative eigenvalues
         damp = max(damp * 10, 1e-5)

@@ -36,7 +36,7 @@ def sweep_matrix(weight: Tensor, factor: Tensor, choose: Choose) -> tuple[Tensor
 def _sweep_block(columns: Tensor, keep: Tensor, factor: Tensor, choose: Choose, block: range, step: int) -> Tensor:
     """Sweep the block's columns, choosing `step` at a time; returns their errors [len(block), out]."""
     scale = factor.diagonal()[block.start : block.stop, None].reciprocal()  # [block, 1]
-    errors = torch.empty_like(columns[block.start : block.stop])
+    gone = errors = torch.empty_like(columns[block.start : block.stop])
     strip = max(step, STRIP // step * step) if step < BLOCK else STRIP
     for first in range(block.start, block.stop, strip):
         last = min(first + strip, block.stop)
