@@ -34,7 +34,7 @@ from secateur.prune import InPlace, Job, Progress, Report, no_cache, no_progress
 from secateur.recipe import Recipe, nearest
 from secateur.stream.checkpoint import DTYPES, SINGLE, Checkpoint, open_file
 from secateur.stream.staging import Staging
-from secateur.stream.walk import Resident
+from secateur.stream.walk import Resident, randomness
 
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
 
@@ -296,7 +296,7 @@ def _verify(built: Built, path: Path, probe: Batch | None, expected: Tensor | No
 
 
 def _answer(module: nn.Module, batch: Batch) -> Tensor:
-    with torch.no_grad():
+    with torch.no_grad(), randomness([]):
         return answer(call(module, batch, **no_cache(module))).detach().float().cpu()
 
 

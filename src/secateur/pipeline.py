@@ -28,7 +28,7 @@ from secateur.recipe import Recipe
 from secateur.stream.observe import make_observable
 from secateur.stream.source import Source
 from secateur.stream.staging import Staging, staging_folder
-from secateur.stream.walk import walk
+from secateur.stream.walk import randomness, walk
 from secateur.weights.gradients import Loss
 
 HOLDOUT = 8  # windows of the calibration source, not learned from, on which before and after are measured
@@ -421,7 +421,7 @@ def verify(folder: Path, job: Job, source: Source, probe: tuple[int, Tensor] | N
         how = "stock transformers"
         model = type(source.model).from_pretrained(folder, dtype=source.dtype).to(source.device).eval()  # type: ignore[attr-defined]
         make_observable(model)
-        with torch.no_grad():
+        with torch.no_grad(), randomness([]):
             found = answer(call(model, batch, **no_cache(model))).float().cpu()
     else:
         how = "block by block"

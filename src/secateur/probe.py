@@ -28,7 +28,7 @@ def probe_batches(model: nn.Module, seed: int) -> list[Batch]:
     guesses = [[first] for first in firsts]
     guesses += [[first, other] for first in firsts for other in taken if other != first]
     guesses += [[*firsts, *(name for name in taken if name not in firsts)]]
-    distinct = [names for index, names in enumerate(guesses) if set(names) not in map(set, guesses[:index])]
+    distinct = [names for index, names in enumerate(guesses) if names and set(names) not in map(set, guesses[:index])]
     return [_batch(model, names, seed) for names in distinct]
 
 

@@ -352,12 +352,9 @@ def _stats(recipe: Recipe, setting: Setting, inputs: Inputs | None, derivative: 
     stats = Stats(inputs or Inputs(), seed=setting.seed(recipe.seed), damp=recipe.damp, rows=layer.shape[0])
     if derivative is not None:
         parts = (derivative.gradient, derivative.squares, derivative.curvature)
-        first = next((part for part in parts if part is not None), None)
-        zeros = None if first is None else torch.zeros_like(first)
         stats.samples = derivative.samples
         stats.gradient, stats.gradient_squares, stats.curvature_sum = (
-            None if part is None and zeros is None else layer.matrix(part if part is not None else zeros)
-            for part in parts  # type: ignore[arg-type]
+            None if part is None else layer.matrix(part) for part in parts
         )
     return stats
 

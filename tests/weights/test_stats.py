@@ -68,6 +68,16 @@ def test_an_input_is_dead_when_it_was_never_anything_but_zero():
     assert inputs.dead(1).tolist() == [False] * 4
 
 
+def test_an_input_may_be_as_good_as_dead():
+    """Too small for its inverse: it counts as dead wherever that is asked, so that it never looks like the others."""
+    x = correlated(40, 6)
+    x[:, 2] *= 1e-17
+    inputs = seen(x)
+    assert inputs.dead(0).tolist() == [j == 2 for j in range(6)]
+    assert float(Stats(inputs, damp=DAMP).inverse_diagonal[2]) == torch.inf
+    assert float(Stats(inputs, damp=DAMP).input_norm[2]) < 1e-15
+
+
 def test_factors_and_spectra_are_kept_and_released():
     inputs = seen(correlated(20, 6))
     assert inputs.factor(DAMP) is inputs.factor(DAMP)

@@ -223,4 +223,4 @@ def read_json(path: Path) -> dict[str, Any]:
 def to_bytes(tensor: Tensor, dtype: str) -> memoryview:
     """The tensor's bytes as a shard stores them, rounded to the stored dtype."""
     stored = tensor.detach().to("cpu", DTYPES[dtype]).contiguous()
-    return memoryview(stored.flatten().view(torch.uint8).numpy())
+    return memoryview(stored.flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]

@@ -91,7 +91,7 @@ class Naming:
         from transformers.core_model_loading import dot_natural_key
 
         try:
-            reverse = group.converter.reverse_transform()
+            reverse, key = group.converter.reverse_transform(), ""
             for name in group.members:
                 key, pattern = reverse.rename_source_key(name)
                 if pattern is None:

@@ -259,7 +259,8 @@ def make_observable(model: Any) -> Callable[[], None]:
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in learned:
         parameter.requires_grad_(False)
-    configs = {id(c): c for m in model.modules() if getattr(c := getattr(m, "config", None), "use_cache", False)}
+    known: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    configs = {id(config): config for config in known if getattr(config, "use_cache", False)}
     for config in configs.values():
         config.use_cache = False
     experts = model.get_experts_implementation() if hasattr(model, "get_experts_implementation") else None

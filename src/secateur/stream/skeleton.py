@@ -51,7 +51,7 @@ def build(folder: Path, dtype: torch.dtype) -> nn.Module:
 
     raw = read_json(folder / "config.json")
     architecture = (raw.get("architectures") or [None])[0]
-    kind = getattr(transformers, str(architecture), None)
+    kind: Any = getattr(transformers, str(architecture), None)
     own_code = SecateurError(
         f"{folder} needs code of its own ({architecture}), and remote code is not run here.\n"
         "  Build the model yourself and prune it in memory: secateur prune --build module:function --weights ..."

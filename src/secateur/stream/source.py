@@ -33,6 +33,8 @@ class Source:
         self.stored = stored_dtype(self.checkpoint)
         self.dtype = compute_dtype(dtype, self.stored, self.device)
         self.model = build(folder, self.dtype)
+        for module in self.model.modules():
+            module._buffers.update({k: b.to(self.device) for k, b in module._buffers.items() if b is not None})
         self.naming = Naming(self.model, self.checkpoint.entries, self._blank)
         self._made_by: dict[str, Group] = {name: g for g in self.naming.groups.values() for name in g.members}
         self._check_shapes()
@@ -156,7 +158,7 @@ class Source:
             apart = [name for name in stored[1:] if not self._same(stored[0], name)]
             for name in apart:
                 module, key = self._place(name)
-                module._parameters[key] = nn.Parameter(torch.empty_like(module._parameters[key]), requires_grad=False)
+                module._parameters[key] = nn.Parameter(torch.empty_like(getattr(module, key)), requires_grad=False)
             together = tuple(name for name in group if name not in apart)
             aliases.update({name: together for name in together if len(together) > 1})
         return aliases

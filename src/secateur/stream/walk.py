@@ -7,11 +7,12 @@ rebuilt or replayed between blocks: masks, rotary embeddings, caches, encoder an
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import enum
 import functools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -60,9 +61,30 @@ class Visit:
             if call.batch not in without:
                 copies: dict[int, Any] = {}
                 args, kwargs = (_copied(part, copies, careful) for part in (call.args, call.kwargs))
-                self.module(*args, **kwargs)
+                with randomness([]):
+                    self.module(*args, **kwargs)
                 careful = careful and any(isinstance(c, torch.Tensor) and c._version for c in copies.values())
                 yield call.batch
+
+
+@contextlib.contextmanager
+def randomness(states: list[torch.Tensor]) -> Iterator[None]:
+    """Random numbers that go on from `states` (empty: from a fixed seed) and leave there how far they got: a forward that
+    draws some gives the same, whatever runs between its parts. The caller's own go on as if nothing had been drawn.
+    """
+    generators = [torch.default_generator, *(torch.cuda.default_generators if torch.cuda.is_initialized() else ())]
+    before = [generator.get_state() for generator in generators]
+    for index, generator in enumerate(generators):
+        if index < len(states):
+            generator.set_state(states[index])
+        else:
+            generator.manual_seed(0)
+    try:
+        yield
+    finally:
+        states[:] = [generator.get_state() for generator in generators]
+        for generator, state in zip(generators, before, strict=True):
+            generator.set_state(state)
 
 
 def _copied(value: Any, copies: dict[int, Any], tensors: bool) -> Any:
@@ -96,6 +118,7 @@ class _Traveler:
     at: str | None = None
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] | None = None
+    random: list[torch.Tensor] = field(default_factory=list)
 
 
 class Stopped(Exception):
@@ -115,7 +138,8 @@ def walk(
     forward: one batch -> the model's output. Batches in `to_the_end` run to the end, and finish gets (batch index,
     output); the others are abandoned after the last block, and what follows it (the output head) is never computed
     where every block is entered.
-    A block entered a second time (shared blocks) runs with the weights it then has. Gradients are off throughout.
+    A block entered a second time (shared blocks) runs with the weights it then has. Gradients are off throughout, and every
+    batch has random numbers of its own, from one seed.
     """
     store = store or Resident()
     order = {name: index for index, name in enumerate(blocks)}
@@ -187,7 +211,8 @@ def _intercept(module: nn.Module, enter: Callable[[tuple[Any, ...], dict[str, An
 def _advance(traveler: _Traveler, finish: Callable[[int, Any], None] | None, *start: Any) -> None:
     """Let a batch run on to its next block, or to the end of its forward."""
     traveler.args, traveler.kwargs = (), None
-    result = traveler.greenlet.switch(*start)
+    with randomness(traveler.random):
+        result = traveler.greenlet.switch(*start)
     if traveler.greenlet.dead:
         traveler.at = None
         if finish is not None:

@@ -41,7 +41,7 @@ def derivatives(
     diagonal, unbiased elsewhere. Raises SecateurError when the loss is not a finite scalar or depends on no parameter.
     """
     weights = [model.get_parameter(name) for name in parameters]
-    found = {name: Derivatives() for name in parameters}
+    found = {name: _zeros(weight, needs) for name, weight in zip(parameters, weights, strict=True)}
     generator = torch.Generator().manual_seed(seed)
     flags = [weight.requires_grad for weight in weights]
     try:
@@ -86,12 +86,10 @@ def _add(
         into.samples += 1
         if gradient is None:
             continue
-        if "gradient" in needs:
-            into.gradient = _sum(into.gradient, gradient.detach())
-        if "fisher" in needs:
-            into.squares = _sum(into.squares, gradient.detach().square())
-        if second and into.curvature is None:
-            into.curvature = torch.zeros_like(gradient, dtype=torch.float32)
+        if into.gradient is not None:
+            into.gradient += gradient.detach()
+        if into.squares is not None:
+            into.squares += gradient.detach().square()
     if second:
         used = [
             (name, w, g)
@@ -108,13 +106,19 @@ def _add(
                 allow_unused=True,
             )
             for (name, _, _), sign, product in zip(used, signs, products, strict=True):
-                if product is not None:
-                    found[name].curvature = _sum(found[name].curvature, sign * product / probes)
+                total = found[name].curvature
+                if product is not None and total is not None:
+                    total += sign * product / probes
 
 
 def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randint(0, 2, like.shape, generator=generator).to(like.device, like.dtype) * 2 - 1
 
 
-def _sum(total: Tensor | None, more: Tensor) -> Tensor:
-    return more.float().clone() if total is None else total.add_(more)
+def _zeros(weight: Tensor, needs: frozenset[str]) -> Derivatives:
+    """Sums of nothing yet, for what is asked; a parameter that the loss does not depend on keeps them."""
+    gradient, squares, curvature = (
+        torch.zeros_like(weight, dtype=torch.float32, requires_grad=False) if name in needs else None
+        for name in ("gradient", "fisher", "curvature")
+    )
+    return Derivatives(0, gradient, squares, curvature)

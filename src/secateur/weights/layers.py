@@ -86,7 +86,10 @@ def find_layers(
 def no_match(pattern: str, names: Sequence[str]) -> str:
     """The message for a glob that matches no layer."""
     some = "\n    ".join(names[:6])
-    return f"the pattern {pattern!r} matches no layer. Names are like:\n    {some}\n  `secateur doctor --names` lists them all."
+    return (
+        f"the pattern {pattern!r} matches no layer. Names are like:\n    {some}\n"
+        "  `secateur doctor --names` has them all."
+    )
 
 
 def all_layers(model: nn.Module) -> Iterator[tuple[Layer, nn.Module]]:

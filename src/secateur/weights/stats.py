@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from secateur.errors import SecateurError
-from secateur.weights.linalg import inverse_factor, spectrum
+from secateur.weights.linalg import DEAD, inverse_factor, spectrum
 
 SAMPLE, SAMPLE_PER_CALL = 256, 8  # tokens kept to measure reconstruction errors on
 STRIPE = 512  # columns of a Gram matrix that are summed together
@@ -52,9 +52,9 @@ class Inputs:
                 self.gram[:, start:stop, stop:] = self.gram[:, stop:, start:stop].mT
 
     def dead(self, group: int) -> Tensor:
-        """True for the inputs that were never non-zero: [in]."""
+        """True for the inputs that were never other than 0, or as good as that: [in]."""
         assert self.squares is not None
-        return self.squares[group] == 0
+        return self.squares[group] < DEAD
 
     def spectrum(self, group: int, damp: float) -> tuple[Tensor, Tensor, Tensor]:
         """(norm [in], eigenvalues [in], eigenvectors [in, in]) of the Gram matrix scaled to a unit diagonal and damped.
@@ -151,7 +151,7 @@ class Stats:
     def inverse_diagonal(self) -> Tensor:
         """[H^-1]_jj of the damped Gram matrix, infinite for dead inputs: [in] ([out, in] for grouped convolutions)."""
         diagonal = self.inputs.factor(self.damp).square().sum(1)
-        return self._per_row(diagonal.masked_fill(self._squares == 0, torch.inf))
+        return self._per_row(diagonal.masked_fill(self._squares < DEAD, torch.inf))
 
     @property
     def mean_gradient(self) -> Tensor:
