@@ -14,7 +14,7 @@ import torch
 import transformers
 
 ROOT = Path(__file__).resolve().parent.parent
-SHARED = Path(os.environ.get("SECATEUR_SHARED", ROOT.parent / "shared"))
+SHARED = Path(os.environ.get("SECATEUR_SHARED", ROOT.parent / "shared"))  # data/wikitext2, baselines: not in here
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
@@ -32,6 +32,16 @@ def machine() -> dict[str, Any]:
         "transformers": transformers.__version__,
         "commit": commit.stdout.strip(),
     }
+
+
+def wikitext(split: str) -> Path:
+    """The text of a split of WikiText-2. Exits where it is not to be found."""
+    path = SHARED / f"data/wikitext2/{split}.txt"
+    if not path.exists():
+        raise SystemExit(
+            f"{path} does not exist: put WikiText-2 there, or set SECATEUR_SHARED to the folder above data/"
+        )
+    return path
 
 
 def append(path: Path, row: dict[str, Any]) -> None:

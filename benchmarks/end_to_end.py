@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from common import RESULTS, SHARED, machine, write
+from common import RESULTS, machine, wikitext, write
 from secateur import method, prune
 
 
@@ -25,8 +25,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=64)
     args = parser.parse_args()
     torch.set_num_threads(2)
-    source = SHARED / "data/wikitext2/valid.txt"
-    calibration = {"samples": args.samples, "length": 512, "source": source if source.exists() else None}
+    calibration = {"samples": args.samples, "length": 512, "source": wikitext("valid")}
     found = {}
     for name in args.methods.split(","):
         with tempfile.TemporaryDirectory() as folder:

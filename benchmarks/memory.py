@@ -66,7 +66,9 @@ def write_checkpoint(folder: Path, blocks: int) -> int:
     import torch
     from safetensors.torch import save_file
 
-    if (folder / "model.safetensors.index.json").exists():
+    if (folder / "config.json").exists():  # written last
+        if json.loads((folder / "config.json").read_text()) != config(blocks):
+            raise SystemExit(f"{folder} holds another checkpoint: delete it, or name another --folder")
         return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(0)
@@ -87,7 +89,6 @@ def write_checkpoint(folder: Path, blocks: int) -> int:
     if shards[-1]:
         flush()
     number = len(shards) - 1
-    weight_map = {}
     for index in range(1, number + 1):
         os.replace(folder / f"shard-{index:05d}.safetensors", folder / f"model-{index:05d}-of-{number:05d}.safetensors")
     weight_map = {name: f"model-{index:05d}-of-{number:05d}.safetensors" for name, index in names.items()}

@@ -1,4 +1,4 @@
-"""Quality of one-shot pruning on SmolLM2-135M, under the protocol of the reference figures.
+"""Quality of one-shot pruning on SmolLM2-135M, beside the figures of the authors' own code where those are at hand.
 
     python benchmarks/oneshot.py --model SMOLLM2 [--cells admm:0.6,wanda:2:4]
 
@@ -18,9 +18,10 @@ from typing import Any
 
 import torch
 
-from common import RESULTS, SHARED, append, machine, rows
+from common import RESULTS, SHARED, append, machine, rows, wikitext
 from secateur import method, prune
-from secateur.data import load_text, windows
+from secateur.data import windows
+from secateur.data.text import load_text
 from secateur.measure.quality import token_losses
 
 CELLS = (
@@ -49,7 +50,7 @@ def main() -> None:
 def run(model: Path, cell: str) -> dict[str, Any]:
     """Prune and measure one cell: "method:sparsity" or "method:N:M"."""
     name, _, pattern = cell.partition(":")
-    calibration = {"source": SHARED / "data/wikitext2/valid.txt", "samples": 64, "length": 512}
+    calibration = {"source": wikitext("valid"), "samples": 64, "length": 512}
     how: dict[str, Any] = {"granularity": pattern} if ":" in pattern else {"sparsity": float(pattern)}
     started = time.perf_counter()
     if name == "dense":
@@ -75,7 +76,7 @@ def perplexity(folder: Path) -> dict[str, Any]:
     """On 64 windows of `test`, with stock transformers in float32."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    text, _ = load_text(SHARED / "data/wikitext2/test.txt", None)
+    text, _ = load_text(wikitext("test"), None)
     ids = windows(text, AutoTokenizer.from_pretrained(folder), 512, 64, seed=None)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     losses = token_losses(model, ids).double().mean(1)

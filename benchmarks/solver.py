@@ -110,7 +110,7 @@ def measure(size: int, name: str, repeats: int) -> dict[str, Any]:
         "all_seconds": times,
         "masks_differ": disagree,
         "weights_differ": error,
-        "sweep_over_matmul": medians["sweep"] / product,  # size^3 multiply-adds each
+        "sweep_over_matmul": medians["sweep"] / product,  # size^3 flops each
         "factorization_over_matmul": medians["factorization"] / (product * 2 / 3),  # 2/3 size^3
     }
 

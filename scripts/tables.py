@@ -46,7 +46,8 @@ def filled(text: str) -> str:
 
 def rules() -> str:
     """What may not be combined."""
-    return "\n".join(["| rule | why, and the way out |", "|---|---|", *(f"| {r.title} | {r.why} |" for r in RULES)])
+    cells = [[text.replace("|", r"\|") for text in (rule.title, rule.why)] for rule in RULES]
+    return "\n".join(["| rule | why, and the way out |", "|---|---|", *map(_row, cells)])
 
 
 def oneshot() -> str:
@@ -87,6 +88,8 @@ def dense() -> str:
 def solver() -> str:
     """Seconds of the SparseGPT update."""
     rows = _whole("solver.json").get("rows", [])
+    if not rows:
+        return ""
     lines = [_row(["layer", "pattern", "published loop, s", "ours, s", "speed-up"]), _row(["---"] * 5)]
     for row in rows:
         size, seconds = row["size"], row["seconds"]
@@ -108,7 +111,39 @@ def memory() -> str:
     return "\n".join(lines)
 
 
-TABLES = {"rules": rules, "oneshot": oneshot, "dense": dense, "solver": solver, "memory": memory}
+def families() -> str:
+    """Which methods and patterns passed for which family."""
+    rows = _whole("families.json").get("families", {})
+    if not rows:
+        return ""
+    methods = {"magnitude": "magnitude", "wanda": "Wanda", "sparsegpt": "SparseGPT"}
+    head = ["family", "class", "blocks", "layers pruned", *methods.values(), "by weights alone"]
+    lines = [_row(head), _row(["---"] * len(head))]
+    for name, row in rows.items():
+        cells = {method: [p for p in ("50 %", "2:4") if not _problems(row, f"{method} {p}")] for method in methods}
+        alone = max(result.get("by weights alone", 0) for result in row["results"].values())
+        counts = [
+            str(row.get("blocks", "")),
+            str(row.get("layers", "")),
+            *(", ".join(cells[m]) or "no" for m in methods),
+        ]
+        lines.append(_row([name, f"`{row['class']}`", *counts, str(alone or "")]))
+    passed = sum(not any(_problems(row, key) for key in row["results"]) for row in rows.values())
+    return "\n".join([f"{passed} of {len(rows)} models pass everything.", "", *lines])
+
+
+def _problems(row: dict[str, Any], key: str) -> list[str]:
+    return row["results"].get(key, {}).get("problems", ["not tried"])
+
+
+TABLES = {
+    "rules": rules,
+    "oneshot": oneshot,
+    "dense": dense,
+    "solver": solver,
+    "memory": memory,
+    "families": families,
+}
 
 
 def _row(cells: list[str]) -> str:

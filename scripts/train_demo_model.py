@@ -315,7 +315,7 @@ takes any text and gives it back unchanged, but the model has seen only these ta
 ## Training
 
 `scripts/train_demo_model.py`, from random weights: {steps} steps, {tokens:.1f} million tokens, seed {seed}, AdamW with a
-cosine schedule, {minutes:.0f} minutes of one CPU thread; torch {torch}, transformers {transformers}. The data come from
+cosine schedule, one thread of a CPU, {minutes:.0f} minutes; torch {torch}, transformers {transformers}. The data come from
 `secateur.demo.tasks`; no text of anybody else went in. License: Apache-2.0, as the package.
 """
 

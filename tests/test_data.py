@@ -20,19 +20,18 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import PreTrainedTokenizerFast, tokenization_utils_base
 
-from secateur import data
 from secateur.data import (
     INPUT,
     TARGET,
-    bundled_text,
+    Data,
     calibration,
     call,
     digest,
     from_iterable,
     holdout,
-    load_text,
     windows,
 )
+from secateur.data.text import bundled_text, load_text
 from secateur.errors import SecateurError
 
 WORDS = 1000
@@ -55,7 +54,7 @@ def counting(tokens: int) -> str:
     return " ".join(f"w{i}" for i in range(tokens))
 
 
-def take(source: Any, tokenizer: Any = TOKENIZER, **changes: Any) -> data.Data:
+def take(source: Any, tokenizer: Any = TOKENIZER, **changes: Any) -> Data:
     return calibration(source, tokenizer, **{"samples": 2, "length": 4, "seed": 0, **changes})
 
 
@@ -228,7 +227,7 @@ def test_calibration_of_an_encoder_decoder(tmp_path: Path) -> None:
 
 
 def test_calibration_from_the_bundled_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "files", lambda package: tmp_path)
+    monkeypatch.setattr("secateur.data.text.files", lambda package: tmp_path)
     with pytest.raises(SecateurError, match=r"own text is missing.*reinstall"):
         bundled_text()
     (tmp_path / "text").mkdir()
@@ -266,14 +265,14 @@ def test_calibration_checks_the_file_before_the_tokenizer(tmp_path: Path) -> Non
         take(tmp_path / "missing.txt", tokenizer=None)
 
 
-@given(st.integers(4, 200), st.integers(1, 6), st.integers(0, 12), st.integers(1, 12))
+@given(st.integers(4, 200), st.integers(1, 6), st.integers(0, 12), st.integers(1, 12), st.none() | st.integers(0, 9))
 @settings(max_examples=60, deadline=None)
 def test_holdout_windows_are_whole_and_none_that_calibration_takes(
-    tmp_path_factory: pytest.TempPathFactory, tokens: int, length: int, samples: int, count: int
+    tmp_path_factory: pytest.TempPathFactory, tokens: int, length: int, samples: int, count: int, seed: int | None
 ) -> None:
     path = write(tmp_path_factory.getbasetemp() / "holdout.txt", counting(tokens))
     whole = tokens // length
-    held = holdout(path, TOKENIZER, samples=samples, length=length, count=count)
+    held = holdout(path, TOKENIZER, samples=samples, length=length, count=count, seed=seed)
     starts = [int(window[0, 0]) for window in held]
     assert all(torch.equal(window, torch.arange(s, s + length)[None]) for s, window in zip(starts, held, strict=True))
     assert all(start % length == 0 for start in starts)
@@ -281,8 +280,18 @@ def test_holdout_windows_are_whole_and_none_that_calibration_takes(
     if whole >= samples:
         assert len(held) == min(count, whole - samples)
     if whole >= samples > 0:
-        taken = take(path, samples=samples, length=length, seed=None).batches
+        taken = take(path, samples=samples, length=length, seed=seed).batches
         assert not {int(batch["input_ids"][0, 0]) for batch in taken} & set(starts)
+
+
+def test_of_a_long_text_only_the_beginning_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("secateur.data.text.LONGEST", 25)
+    lines = write(tmp_path / "lines.txt", "one two\nthree four\nfive six seven\n")
+    assert load_text(lines, None) == ("one two\nthree four\n", "the first 0 MB of lines.txt")
+    words = write(tmp_path / "words.txt", "one two three four five six seven")
+    assert load_text(words, None)[0] == "one two three four five "
+    rows = write(tmp_path / "rows.jsonl", '{"text": "one"}\n{"text": "two"}\n')
+    assert load_text(rows, None)[0] == "one"
 
 
 # Calibration from saved tensors

@@ -41,6 +41,8 @@ def manifest(report: Report, folder: Path, probe: dict[str, Any] | None, seed: i
         "sparsity": report.sparsity,
         "notes": report.notes,
         "measures": report.measures,
+        "verified": report.verified,
+        "seconds": report.seconds,
         "peak_memory_bytes": report.peak_memory,
         "probe": None if probe is None else {"seed": seed, "output": probe},
         "layers": [

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 from rich.text import Text
@@ -104,6 +105,9 @@ class Commands(TyperGroup):
             raise
         except SecateurError as error:
             raise _fail(str(error), 2, as_json) from None
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            way_out = "Give fewer or shorter calibration windows (--samples, --length), or use a larger device."
+            raise _fail(f"out of memory: {error}\n  {way_out}", 2, as_json) from None
         except KeyboardInterrupt:
             on = " Go on with the same command and --resume." if words[:1] in (["prune"], ["run"]) else ""
             raise _fail(f"interrupted.{on}", 130, as_json) from None
@@ -273,10 +277,12 @@ def recipe(
 
     Every default is included, to be edited and given to prune --recipe.
     """
+    given = options.amount({}, sparsity, pattern, threshold)
+    if given and method is None:
+        raise SecateurError("give the name of a method: secateur recipe sparsegpt --sparsity 0.6; --list has them all")
     if list_all or method is None:
         return Output().show(display.methods())
-    values = {"method": method} | options.amount({}, sparsity, pattern, threshold)
-    print(to_yaml(make_run(values).recipe), end="")
+    print(to_yaml(make_run({"method": method} | given).recipe), end="")
     return None
 
 
@@ -312,8 +318,8 @@ def evaluate(
             text,
             against,
             field=field,
-            samples=64 if samples is None else samples,
-            length=512 if length is None else length,
+            samples=samples or 0,
+            length=length or 0,
             device=device,
             dtype=dtype or "auto",
             progress=lambda done, of: bars("evaluate", done, of, "windows"),

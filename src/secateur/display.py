@@ -183,7 +183,10 @@ def closing(report: Report, out: Path) -> str:
     quality = ""
     if "perplexity" in before and "perplexity" in after:
         quality = f", perplexity {before['perplexity']:,.2f} -> {after['perplexity']:,.2f}"
-    return f"{out}: {report.sparsity:.1%} zeros{quality}, verified"
+    verified = (
+        "verified" if report.verified.get("tolerance") is not None else report.verified.get("how", "not verified")
+    )
+    return f"{out}: {report.sparsity:.1%} zeros{quality}, {verified}"
 
 
 def dry_run(plan: Plan, data: str, expected: Expected | None, free: Mapping[str, int], needed: int) -> RenderableType:
@@ -197,7 +200,7 @@ def dry_run(plan: Plan, data: str, expected: Expected | None, free: Mapping[str,
         table.add_row("memory expected", f"about {size(expected.memory)}; {size(free['memory'])} are free")
         table.add_row("time expected", f"about {duration(expected.seconds)}, by a measurement of this machine")
     table.add_row("disk", f"{size(needed)}; {size(free['disk'])} are free")
-    return _spaced(*parts, table, Text("Dry run: everything was checked, and nothing was written."))
+    return _spaced(*parts, table, Text("Dry run: the input was checked, and nothing was written."))
 
 
 def layers_to_prune(plan: Plan) -> RenderableType:
@@ -241,8 +244,8 @@ def evaluation(found: Evaluation) -> RenderableType:
     if compared is None:
         return Group(Text(heading), Text(f"perplexity of {found.model}: {found.quality.perplexity:,.3f}"))
     table = _table(Text(heading), "value", "95 % interval", right=(1, 2))
-    table.add_row(f"perplexity of {found.against}", f"{compared.dense.perplexity:,.3f}", "")
-    table.add_row(f"perplexity of {found.model}", f"{compared.pruned.perplexity:,.3f}", "")
+    table.add_row(Text(f"perplexity of {found.against}"), f"{compared.dense.perplexity:,.3f}", "")
+    table.add_row(Text(f"perplexity of {found.model}"), f"{compared.pruned.perplexity:,.3f}", "")
     for name, estimate, form in (
         ("log of their ratio, nats per token (0 = no loss)", compared.log_ratio, ".4f"),
         ("KL from the dense model, mean, nats per token", compared.kl_mean, ".4f"),

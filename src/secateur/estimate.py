@@ -27,7 +27,6 @@ from secateur.pipeline import HOLDOUT, RELOAD_WHOLE
 from secateur.plan import Plan, Setting, needs_scores
 from secateur.prune import GRADIENTS
 from secateur.stream.source import HEAVY
-from secateur.weights.allocation import NEEDS_SCORES
 from secateur.weights.layers import Layer
 
 PROCESS = 320 << 20  # bytes
@@ -132,7 +131,7 @@ def time_stages(model: nn.Module, plan: Plan, load: Load, stored_bytes: int, rat
     windows = load.windows if reads_data(plan) else 0
     tokens, riding = windows * load.positions, load.riders * load.positions
     forward = forward_flops(model, plan, load.positions)
-    passes = 2 * tokens * (2 if needs_scores(plan) and plan.recipe.allocation in NEEDS_SCORES else 1) + 2 * riding
+    passes = 2 * tokens * (2 if needs_scores(plan) else 1) + 2 * riding
     head = 2 * 2 * riding * _number(text_config(model), "vocab_size", 0) * _number(text_config(model), "hidden_size", 0)
     rates = replace(rates, product=EFFICIENCY * rates.product)
     stages = {"start": START, "forward": (forward * passes + head) / rates.product}

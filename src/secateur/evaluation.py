@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.data import load_text, windows
+from secateur.data import windows
+from secateur.data.text import load_text
 from secateur.errors import SecateurError
 from secateur.machine import check_device
 from secateur.measure.quality import Comparison, Progress, Quality, compare, evaluate
+from secateur.memory import available_memory
 from secateur.pipeline import load_tokenizer, resolve
 from secateur.recipe import DTYPES, nearest
-from secateur.stream.checkpoint import read_json
+from secateur.stream.checkpoint import open_checkpoint, read_json
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ def evaluate_folder(
         raise SecateurError(f"--samples {samples}: a comparison with intervals needs 2 windows or more")
     folders = [resolve(place) for place in (folder, against) if place is not None]
     ids, note = _ids(folders, text, field, samples, length)
+    _fit(folders, device, dtype)
     models = [_load(place, device, dtype) for place in folders]
     names = [str(folder), None if against is None else str(against)]
     if len(models) == 1:
@@ -95,6 +99,20 @@ def _vocabulary(folder: Path) -> int:
     config = read_json(folder / "config.json")
     size = config.get("vocab_size", (config.get("text_config") or {}).get("vocab_size"))
     return size if isinstance(size, int) else 0
+
+
+def _fit(folders: list[Path], device: str, dtype: str) -> None:
+    """Raise SecateurError when the models do not fit in memory together."""
+    needed, free = 0, available_memory()
+    for folder in folders:
+        entries = open_checkpoint(folder).entries.values()
+        wide = 4 if dtype == "auto" else getattr(torch, dtype).itemsize
+        needed += sum(math.prod(entry.shape) * wide for entry in entries)
+    if device == "cpu" and needed > free:
+        raise SecateurError(
+            f"{'both models' if len(folders) > 1 else folders[0]} in memory take about {needed / 1e9:.1f} GB, and "
+            f"{free / 1e9:.1f} GB are free.\n  Use --dtype bfloat16, another device, or a machine with more memory."
+        )
 
 
 def _load(folder: Path, device: str, dtype: str) -> nn.Module:

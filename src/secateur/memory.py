@@ -22,14 +22,16 @@ def peak_memory() -> int:
 
 
 def available_memory() -> int:
-    """Bytes that can be had without swapping."""
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """Bytes that can be had without swapping, within the limit of a container."""
+    system = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        system = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), system)
+    with contextlib.suppress(OSError, ValueError):  # there is none where the file is absent or says "max"
+        group = Path("/sys/fs/cgroup")
+        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        system = min(system, max(limit - used, 0))
+    return system
 
 
 def trim() -> None:

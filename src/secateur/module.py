@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from secateur import data as inputs
 from secateur.card import card, environment, manifest
 from secateur.data import Batch, Data, call
+from secateur.data.tensors import TENSOR_SUFFIXES
 from secateur.errors import SecateurError
 from secateur.machine import check_device
 from secateur.memory import peak_memory
@@ -53,11 +54,15 @@ class Built:
 class Rounded(InPlace):
     """Pruned weights are rounded to what the file stores, so that what is measured is what is written."""
 
-    def __init__(self, weights: Checkpoint) -> None:
+    def __init__(self, weights: Checkpoint, module: nn.Module) -> None:
         self.weights = weights
+        together: dict[int, list[str]] = {}
+        for name, parameter in module.named_parameters(remove_duplicate=False):
+            together.setdefault(id(parameter), []).append(name)
+        self._names = {name: names for names in together.values() for name in names}  # all names of what is tied
 
     def stored_dtype(self, parameter: str) -> torch.dtype | None:
-        entry = self.weights.entries.get(parameter)
+        entry = next((e for n in self._names.get(parameter, ()) if (e := self.weights.entries.get(n))), None)
         return None if entry is None else DTYPES[entry.dtype]
 
 
@@ -81,7 +86,7 @@ def prune_built(
     built = examine_built(build, weights, recipe, out, device)
     staging = Staging(built.weights, Path(out), _settings(built, build, recipe), resume)
     try:
-        job = Job(built.module, built.plan, built.data, Resident(), Rounded(built.weights), progress)
+        job = Job(built.module, built.plan, built.data, Resident(), Rounded(built.weights, built.module), progress)
         report = run(job)
         _write(report, built, staging, Path(weights), progress)
         return report
@@ -213,7 +218,7 @@ def _data(recipe: Recipe, module: nn.Module, dtype: torch.dtype, device: str) ->
     if source is None and not recipe.needs():
         return None
     arguments = ", ".join(inspect.signature(module.forward).parameters)
-    if source is None or source.suffix.lower() not in inputs.TENSOR_SUFFIXES:
+    if source is None or source.suffix.lower() not in TENSOR_SUFFIXES:
         found = "there is none" if source is None else f"{source} is none"
         raise SecateurError(
             f"a module of your own is calibrated on tensors, and {found}: give a .safetensors or .npz file with one tensor "
@@ -221,7 +226,7 @@ def _data(recipe: Recipe, module: nn.Module, dtype: torch.dtype, device: str) ->
             "  (--calibration inputs.safetensors), or use a method that looks at weights alone: --method magnitude."
         )
     wanted = recipe.calibration
-    found = inputs.calibration(source, None, samples=wanted.samples, length=wanted.length, seed=None)
+    found = inputs.calibration(source, None, samples=wanted.samples, length=wanted.length, seed=wanted.seed)
     batches = [
         {k: v.to(device, dtype if v.is_floating_point() else v.dtype) for k, v in b.items()} for b in found.batches
     ]
@@ -248,18 +253,17 @@ def _write(report: Report, built: Built, staging: Staging, weights: Path, progre
     if expected is not None and not bool(torch.isfinite(expected).all()):
         raise SecateurError("the pruned module gives NaN or Inf on the first calibration input: prune less")
     staging.save("", _pruned_tensors(built), {"layers": len(report.layers)})
-    report.peak_memory = peak_memory()
     report.protected = built.plan.protected
     size = {"bytes": built.weights.bytes}
     report.measures = {"before": size, "after": size | {"sparsity": report.sparsity}}
-    details = manifest(report, weights, None if expected is None else digest(expected), built.plan.recipe.seed)
     folder = staging.assemble({"README.md": card(report, weights).encode()}, [])
     if weights.name != SINGLE:
         os.replace(folder / weights.name, folder / SINGLE)
     report.verified = _verify(built, folder / SINGLE, probe, expected)
     report.seconds["verify"] = time.perf_counter() - started
-    details |= {"verified": report.verified, "seconds": report.seconds}
-    staging.add("secateur.json", json.dumps(details, indent=2).encode())
+    report.peak_memory = peak_memory()
+    details = manifest(report, weights, None if expected is None else digest(expected), built.plan.recipe.seed)
+    staging.add("secateur.json", json.dumps(details, indent=2, allow_nan=False).encode())
     staging.finish()
     progress("verify", 1, 1, "done")
 

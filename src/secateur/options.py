@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -109,12 +109,21 @@ def changed(
     """A recipe file's values with those of the command line over them; globs are added to the file's. None: not given."""
     values = dict(base) | _given(given)
     if data := _given(calibration):
-        held = base.get("calibration")
-        values["calibration"] = (dict(held) if isinstance(held, Mapping) else {}) | data
+        values["calibration"] = _held(base, "calibration", Mapping, {}) | data
     for key, more in _given(globs).items():
-        held = base.get(key)
-        values[key] = [*(held if isinstance(held, Sequence) and not isinstance(held, str) else ()), *more]
+        values[key] = [*_held(base, key, list, []), *more]
     return values
+
+
+def _held(base: Mapping[str, Any], key: str, kind: type, otherwise: Any) -> Any:
+    """What the recipe file has under a key that the command line adds to. Raises SecateurError when it is of no use."""
+    held = base.get(key)
+    if held is None:
+        return otherwise
+    if not isinstance(held, kind):
+        form = "a list of globs" if kind is list else "a mapping (source, samples, length, field)"
+        raise SecateurError(f"recipe: {key} is {held!r}; expected {form}")
+    return held
 
 
 def amount(

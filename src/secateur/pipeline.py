@@ -6,8 +6,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from secateur import data as inputs
 from secateur.card import card, environment, manifest
 from secateur.data import Batch, Data, call
+from secateur.data.tensors import TENSOR_SUFFIXES
 from secateur.errors import SecateurError
 from secateur.machine import check_device
 from secateur.memory import peak_memory, trim
 from secateur.plan import Plan, make_plan
 from secateur.probe import TOLERANCE, answer, difference, digest, probe_batches, vocabulary
-from secateur.prune import Job, LayerReport, Progress, Report, as_dict, no_cache, no_progress, run
+from secateur.prune import Job, LayerReport, Progress, Report, no_cache, no_progress, run
 from secateur.recipe import Recipe
 from secateur.stream.observe import make_observable
 from secateur.stream.source import Source
@@ -73,8 +74,10 @@ class Blocks:
 
     def load(self, name: str, module: nn.Module) -> None:
         self.source.free_tables()
-        if any(parameter.is_meta for parameter in module.parameters()):
-            self.source.load(name, self._staged if self.pruned(name) else None)
+        if self.pruned(name):  # whatever is loaded may be dense
+            self.source.load(name, self._staged)
+        elif any(parameter.is_meta for parameter in module.parameters()):
+            self.source.load(name)
 
     def free(self, name: str, module: nn.Module) -> None:
         if name:
@@ -100,7 +103,7 @@ class Staged:
 
     def keep(self, block: str, changed: Collection[str], reports: list[LayerReport]) -> None:
         tensors = self.source.parameters(changed)
-        self.staging.save(block, tensors, {"layers": [as_dict(report) for report in reports]})
+        self.staging.save(block, tensors, {"layers": [asdict(report) for report in reports]})
 
     def allocation(self, make: Callable[[], dict[str, float]]) -> dict[str, float]:
         """Made from the dense weights once: a resumed run finds it in the journal."""
@@ -136,8 +139,11 @@ def prune(
     try:
         report = run(job)
         source.checkpoint.close()
-        if outcome.probe is not None and not bool(torch.isfinite(outcome.probe[1]).all()):
-            raise SecateurError("the pruned model gives NaN or Inf on the probe: prune less, or compute in float32")
+        finite = all(math.isfinite(loss) for loss in outcome.losses.values())
+        if not finite or (outcome.probe is not None and not bool(torch.isfinite(outcome.probe[1]).all())):
+            raise SecateurError(
+                "the pruned model gives NaN or Inf on a probe: prune less, or compute in float32 (--dtype float32)"
+            )
         after = _measures(outcome, source, report)
         before = (staging.record("before") or {}).get("measures", {})
         report.measures = {"before": before, "after": after}
@@ -171,6 +177,11 @@ def examine(
     check_out(folder, out)
     check_device(device)
     source = Source(folder, recipe.dtype, device)
+    if torch.promote_types(source.dtype, source.stored) != source.dtype:
+        raise SecateurError(
+            f"--dtype {recipe.dtype} would round the weights that stay: they are stored as {_name(source.stored)}.\n"
+            "  Compute in that, or leave --dtype out."
+        )
     plan = make_plan(source.model, recipe)
     tokenizer = load_tokenizer(folder)
     given = data is not None
@@ -302,7 +313,7 @@ def _calibration(source: Source, plan: Plan, data: Any, tokenizer: Any) -> Data 
         tokenizer,
         samples=recipe.calibration.samples,
         length=recipe.calibration.length,
-        seed=None,
+        seed=recipe.calibration.seed,
         field=recipe.calibration.field,
         encoder_decoder=bool(getattr(source.model.config, "is_encoder_decoder", False)),  # type: ignore[union-attr]
         vocab_size=vocabulary(source.model),
@@ -313,7 +324,7 @@ def _holdout(source: Source, recipe: Recipe, tokenizer: Any) -> list[Tensor]:
     """Windows between the calibration windows: [1, length] each. Only for causal language models with a tokenizer."""
     path = recipe.calibration.source
     causal = "CausalLM" in type(source.model).__name__ or "LMHead" in type(source.model).__name__
-    if tokenizer is None or not causal or (path is not None and path.suffix in inputs.TENSOR_SUFFIXES):
+    if tokenizer is None or not causal or (path is not None and path.suffix.lower() in TENSOR_SUFFIXES):
         return []
     return inputs.holdout(
         path,
@@ -321,6 +332,7 @@ def _holdout(source: Source, recipe: Recipe, tokenizer: Any) -> list[Tensor]:
         samples=recipe.calibration.samples if recipe.needs() else 0,
         length=recipe.calibration.length,
         count=HOLDOUT,
+        seed=recipe.calibration.seed,
         field=recipe.calibration.field,
     )
 
@@ -340,6 +352,10 @@ def _settings(source: Source, recipe: Recipe, data: Data | None) -> dict[str, An
         "compute": [str(source.dtype), str(source.device)],
         "versions": environment(),
     }
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _fits(source: Source) -> None:
@@ -387,16 +403,15 @@ def _write(report: Report, job: Job, source: Source, staging: Staging, outcome: 
     started = time.perf_counter()
     copies = source.other_files()
     probe = None if outcome.probe is None else _described(outcome, job)
-    report.peak_memory = peak_memory()
-    details = manifest(report, source.folder, probe, job.plan.recipe.seed)
     folder = staging.assemble({"README.md": card(report, source.folder).encode()}, copies)
     job.progress("verify", 0, 1, "reload")
-    how, found = verify(folder, job, source, outcome.probe)
+    source.free_tables()
+    how, found = verify(folder, job, source, report, outcome.probe)
     report.seconds["verify"] = time.perf_counter() - started
-    report.verified = {"how": how, "difference": found, "tolerance": TOLERANCE}
-    details["verified"] = report.verified
-    details["seconds"] = report.seconds
-    staging.add("secateur.json", json.dumps(details, indent=2).encode())
+    report.verified = {"how": how, "difference": found, "tolerance": None if found is None else TOLERANCE}
+    report.peak_memory = peak_memory()
+    details = manifest(report, source.folder, probe, job.plan.recipe.seed)
+    staging.add("secateur.json", json.dumps(details, indent=2, allow_nan=False).encode())
     staging.finish()
     job.progress("verify", 1, 1, "done")
 
@@ -409,13 +424,17 @@ def _described(outcome: Outcome, job: Job) -> dict[str, Any]:
     return {"guess": index - outcome.holdout, "inputs": shapes, **digest(found)}
 
 
-def verify(folder: Path, job: Job, source: Source, probe: tuple[int, Tensor] | None) -> tuple[str, float]:
-    """Load the result again and compare the probe's answer with the one from memory: (how, relative difference).
+def verify(
+    folder: Path, job: Job, source: Source, report: Report, probe: tuple[int, Tensor] | None
+) -> tuple[str, float | None]:
+    """Load the result again and compare the probe's answer with the one from memory: (how, relative difference). Without
+    an answered probe: the zeros in the files, (how, None).
 
     Raises SecateurError when they differ.
     """
     if probe is None:
-        return "not compared: the model's config does not tell what input it takes", 0.0
+        _zeros_are_there(folder, job, source, report)
+        return "zeros counted in the files; outputs not compared: the config does not tell what the model takes", None
     batch, expected = job.riders[probe[0]], probe[1]
     if source.checkpoint.bytes <= RELOAD_WHOLE:
         how = "stock transformers"
@@ -435,8 +454,20 @@ def verify(folder: Path, job: Job, source: Source, probe: tuple[int, Tensor] | N
     return how, apart
 
 
+def _zeros_are_there(folder: Path, job: Job, source: Source, report: Report) -> None:
+    again = Source(folder, _name(source.dtype), str(source.device))
+    layers = {setting.layer.name: setting.layer for setting in job.plan.settings}
+    for found in report.layers:
+        layer = layers[found.name]
+        module = layer.parameter.rpartition(".")[0]
+        again.load(module)
+        if int((layer.matrix(again.model.get_parameter(layer.parameter)) == 0).sum()) < found.removed:
+            raise SecateurError(f"{found.name} has fewer zeros on the disk than in memory; please report this")
+        again.free(module)
+
+
 def _reloaded_by_blocks(folder: Path, job: Job, source: Source, batch: Batch) -> Tensor:
-    again = Source(folder, str(source.dtype).removeprefix("torch."), str(source.device))
+    again = Source(folder, _name(source.dtype), str(source.device))
     outcome = Outcome(0)
     plan = make_plan(again.model, job.plan.recipe)
     again.load_outside(plan.blocks)
@@ -444,11 +475,3 @@ def _reloaded_by_blocks(folder: Path, job: Job, source: Source, batch: Batch) ->
     fresh = Job(again.model, plan, None, store, job.keeper, job.progress)
     pass_through(fresh, [batch], outcome, "verify")
     return outcome.answers[0]
-
-
-def describe(measures: Mapping[str, Any]) -> str:
-    """A line for people."""
-    parts = [f"{measures['bytes'] / 1e6:.1f} MB"]
-    if "perplexity" in measures:
-        parts.append(f"perplexity {measures['perplexity']:.2f}")
-    return ", ".join(parts)

@@ -81,12 +81,19 @@ def make_plan(model: nn.Module, recipe: Recipe) -> Plan:
     names = [layer.name for layer in found.layers]
     for override in recipe.overrides:
         if not any(matches(name, [override.match]) for name in names):
-            raise SecateurError(f"overrides: {no_match(override.match, names)}")
+            raise SecateurError(f"overrides: {_unmatched(override.match, names, found.protected)}")
     homes = blocks or {"": model}
     settings = [_setting(recipe, layer, _home(layer, homes)) for layer in found.layers]
     settings, undivided = _divided(settings, recipe.include)
     outside = {s.block: model.get_submodule(s.block) for s in settings if s.block not in homes}
     return Plan(recipe, {**homes, **outside}, settings, {**found.protected, **undivided})
+
+
+def _unmatched(pattern: str, names: list[str], protected: Mapping[str, str]) -> str:
+    for name, reason in protected.items():
+        if matches(name, [pattern]):
+            return f"{pattern!r} matches only what is protected ({name}: {reason}); add it to include"
+    return no_match(pattern, names)
 
 
 def _home(layer: Layer, blocks: Mapping[str, nn.Module]) -> str:
@@ -131,13 +138,14 @@ def _divided(settings: list[Setting], include: Sequence[str]) -> tuple[list[Sett
 
     Raises SecateurError when they are more than a few, or asked for by name.
     """
-    apart = {s.layer.name: reason for s in settings if (reason := _undivided(s))}
+    apart = {s.layer.name: reason for s in settings if (reason := undivided(s))}
     weights = {s.layer.name: math.prod(s.layer.shape) for s in settings}
     few = sum(weights[name] for name in apart) <= FEW * sum(weights.values())
     for setting in settings:
         name, (out, width) = setting.layer.name, setting.layer.shape
         if name in apart and not (few and not setting.fixed and not matches(name, include)):
-            some = [f"{n}:{m}" for n, m in ((1, 2), (2, 4), (2, 5), (3, 6), (4, 8)) if width % m == 0]
+            known = ((1, 2), (2, 4), (2, 5), (3, 6), (4, 8)) if setting.granularity.kind == "n:m" else ()
+            some = [f"{n}:{m}" for n, m in known if width % m == 0]
             others = f" ({len(apart) - 1} more layers are like it)" if len(apart) > 1 else ""
             raise SecateurError(
                 f"{name} has shape {[out, width]}; pattern {setting.granularity} needs a {apart[name]}{others}.\n"
@@ -150,7 +158,8 @@ def _divided(settings: list[Setting], include: Sequence[str]) -> tuple[list[Sett
     return [s for s in settings if s.layer.name not in apart], reasons
 
 
-def _undivided(setting: Setting) -> str | None:
+def undivided(setting: Setting) -> str | None:
+    """What the layer's shape would have to be for its pattern; None when it is."""
     (out, width), (height, across) = setting.layer.shape, setting.granularity.divisor
     for found, needed, what in ((width, across, "inputs"), (out, height, "outputs")):
         if found % needed:

@@ -116,7 +116,7 @@ def _tensors(output: Any) -> Iterator[Tensor]:
 def digest(values: Tensor) -> dict[str, Any]:
     """What to write down of an answer: its shape, its size, and KEPT values spread over it."""
     flat = values.detach().float().flatten()
-    places = torch.linspace(0, len(flat) - 1, min(KEPT, len(flat))).long()
+    places = torch.linspace(0, len(flat) - 1, min(KEPT, len(flat)), dtype=torch.float64).long()
     return {
         "shape": list(values.shape),
         "largest": float(flat.abs().max()),

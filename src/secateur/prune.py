@@ -5,10 +5,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from secateur.data import Batch, Data, call, from_iterable
 from secateur.errors import SecateurError
-from secateur.plan import Plan, Setting, allocated, make_plan, needs_scores, with_sparsities
+from secateur.plan import Plan, Setting, allocated, make_plan, needs_scores, undivided, with_sparsities
 from secateur.recipe import Recipe
 from secateur.stream.observe import Watched, collect, make_observable
 from secateur.stream.walk import Resident, Stopped, Store, walk
@@ -128,16 +129,28 @@ class Job:
     def forward(self, batch: Batch) -> Any:
         """The model's own forward, without a cache: a block called twice would append to it twice."""
         try:
-            return call(self.model, batch, **no_cache(self.model))
-        except (TypeError, ValueError, LookupError, RuntimeError, AttributeError, AssertionError) as error:
+            with _taking(self.model, batch):
+                return call(self.model, batch, **no_cache(self.model))
+        except SecateurError:
             if any(batch is guess for guess in self.guesses):
                 return None
-            found = ", ".join(f"{key} {list(value.shape)}" for key, value in batch.items())
-            wanted = ", ".join(inspect.signature(self.model.forward).parameters)
-            raise SecateurError(
-                f"{type(self.model).__name__} does not run on a batch of {found}: {error}\n"
-                f"  A batch holds one tensor for each argument that it needs of: {wanted}."
-            ) from error
+            raise
+
+
+@contextlib.contextmanager
+def _taking(model: nn.Module, batch: Batch) -> Iterator[None]:
+    """Turn what a forward raises on a batch that it does not take into one clear error."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (TypeError, ValueError, LookupError, RuntimeError, AttributeError, AssertionError) as error:
+        found = ", ".join(f"{key} {list(value.shape)}" for key, value in batch.items())
+        wanted = ", ".join(inspect.signature(model.forward).parameters)
+        raise SecateurError(
+            f"{type(model).__name__} does not run on a batch of {found}: {error}\n"
+            f"  A batch holds one tensor for each argument that it needs of: {wanted}."
+        ) from error
 
 
 def prune_(
@@ -152,14 +165,14 @@ def prune_(
 
     data: batches (mappings of forward arguments, tensors, or (input, label) pairs); needed unless the recipe's
     criterion, update and allocation look at weights alone. loss(model, batch) -> scalar: for the criteria taylor, fisher
-    and obd; a causal language model has one by default.
+    and obd, which sum over batches (fisher as published wants batches of one sample); a language model has one by default.
 
     Raises SecateurError, before anything changes where it can be known, and leaves the model as it was.
     """
     plan = make_plan(model, recipe)
     if data is not None and not isinstance(data, Data):
         data = from_iterable(data, None)
-    training, undo = model.training, make_observable(model)
+    modes, undo = [(module, module.training) for module in model.modules()], make_observable(model)
     before = {s.layer.parameter: model.get_parameter(s.layer.parameter).detach().clone() for s in plan.settings}
     model.eval()
     job = Job(model, plan, data, Resident(), InPlace(), progress, loss)
@@ -172,7 +185,8 @@ def prune_(
         raise
     finally:
         undo()
-        model.train(training)
+        for module, training in modes:
+            module.training = training
 
 
 def run(job: Job) -> Report:
@@ -271,6 +285,9 @@ def _collect(job: Job, block: str, replay: Callable[[], Iterable[int]], gram: bo
     targets = [Watched(job.model.get_parameter(name), names) for name, names in watched.items()]
     inputs, transposed = collect(replay, targets, gram)
     _turn(job, block, transposed)
+    for s in job.plan.within(block):
+        if transposed.get(s.layer.name, s.layer.transposed) != s.layer.transposed:
+            inputs.pop(s.layer.name, None)  # used the other way round than its module would
     for name, seen in inputs.items():
         if seen.squares is not None and not bool(torch.isfinite(seen.squares).all()):
             raise SecateurError(
@@ -281,15 +298,19 @@ def _collect(job: Job, block: str, replay: Callable[[], Iterable[int]], gram: bo
 
 
 def _turn(job: Job, block: str, transposed: Mapping[str, bool]) -> None:
+    """Correct the orientation of raw matrices, which only their use tells. Raises SecateurError."""
     settings = []
     for s in job.plan.settings:
-        if (
-            s.block == block
-            and s.layer.kind == "expert"
-            and transposed.get(s.layer.name, s.layer.transposed) != s.layer.transposed
-        ):
+        flat = job.model.get_parameter(s.layer.parameter).ndim == 2
+        bare = s.layer.kind == "expert" or (s.layer.kind == "other" and flat)
+        if s.block == block and bare and transposed.get(s.layer.name, s.layer.transposed) != s.layer.transposed:
             shape = (s.layer.shape[1], s.layer.shape[0])
             s = replace(s, layer=replace(s.layer, transposed=not s.layer.transposed, shape=shape))
+            if reason := undivided(s):
+                raise SecateurError(
+                    f"{s.layer.name} is used as {list(shape)}; pattern {s.granularity} needs a {reason}.\n"
+                    f"  Protect it with  --protect '{s.layer.name}'."
+                )
         settings.append(s)
     job.plan = replace(job.plan, settings=settings)
 
@@ -312,9 +333,7 @@ def _prune_layer(job: Job, setting: Setting, inputs: Inputs | None, derivative: 
     layer = setting.layer
     parameter = job.model.get_parameter(layer.parameter)
     place = layer.matrix(parameter.data)
-    weight = place.float()
-    if weight.data_ptr() == place.data_ptr():
-        weight = weight.clone()
+    weight = place.to(torch.float32, copy=True)
     if not bool(torch.isfinite(weight).all()):
         raise SecateurError(f"{layer.name} has NaN or Inf weights; expected finite ones")
     criterion, update, notes = setting.criterion, setting.update, []
@@ -327,11 +346,10 @@ def _prune_layer(job: Job, setting: Setting, inputs: Inputs | None, derivative: 
         new, keep = UPDATES[update].solve(weight, stats, choose, criterion)
     except SecateurError as error:
         raise SecateurError(f"{layer.name}: {error}") from None
-    new = new * keep
-    stored = job.keeper.stored_dtype(layer.parameter)
-    rounded = new.to(stored or parameter.dtype).float()
-    with torch.no_grad():
-        place.copy_(rounded)
+    stored = job.keeper.stored_dtype(layer.parameter) or parameter.dtype
+    new = place * keep if update == "none" else (new * keep).to(stored)  # what only stays keeps its own precision
+    layer.write_(parameter.data, new)
+    rounded = new.float()
     if inputs is not None and inputs.damping is not None and inputs.damping > job.plan.recipe.damp:
         notes.append(f"Gram matrix not positive definite: damping raised to {inputs.damping:.3g}")
     error = inputs.output_change(weight, rounded) if inputs is not None else None
@@ -366,6 +384,11 @@ def _gradients(job: Job) -> Mapping[str, Derivatives]:
         return {}
     assert job.data is not None
     loss = job.loss or default_loss(job.model)
+
+    def checked(model: nn.Module, batch: Batch) -> Tensor:
+        with _taking(model, batch):
+            return loss(model, batch)
+
     total = len(job.data.batches)
     names = sorted({s.layer.parameter for s in wanted})
     needs = frozenset().union(*(s.needs for s in wanted)) & GRADIENTS
@@ -377,7 +400,7 @@ def _gradients(job: Job) -> Mapping[str, Derivatives]:
             job.model,
             names,
             job.data.batches,
-            loss,
+            checked,
             needs,
             job.plan.recipe.probes,
             job.plan.recipe.seed,
@@ -389,19 +412,30 @@ def _gradients(job: Job) -> Mapping[str, Derivatives]:
 
 
 def default_loss(model: nn.Module) -> Loss:
-    """Next-token cross entropy, for models that take labels. Raises SecateurError for others."""
+    """The model's own, on batches with labels; language models that write text take their inputs as labels, shifted
+    by one. Raises SecateurError for models that take none.
+    """
     if "labels" not in inspect.signature(model.forward).parameters:
         raise SecateurError(
             f"this criterion needs the loss of {type(model).__name__}, which takes no labels: "
             "give prune_ a loss function, loss(model, batch) -> scalar"
         )
 
+    kind = type(model).__name__
+    decodes = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    writes = decodes or any(part in kind for part in ("CausalLM", "LMHead", "ForConditionalGeneration"))
+    lacking = f"this criterion needs the loss of {kind}: give batches with labels, or prune_ a loss function"
+
     def loss(model: nn.Module, batch: Batch) -> Tensor:
         if "labels" not in batch and "input_ids" in batch:
-            batch = {**batch, "labels": batch.get("decoder_input_ids", batch["input_ids"])}
+            if not writes:
+                raise SecateurError(lacking)
+            labels = batch.get("decoder_input_ids", batch["input_ids"])
+            # without decoder inputs an encoder-decoder makes them of the labels, one place to the right
+            batch = {key: value for key, value in batch.items() if key != "decoder_input_ids"} | {"labels": labels}
         value = call(model, batch, **no_cache(model)).loss
         if value is None:
-            raise SecateurError("the model returned no loss: give batches with labels, or a loss function")
+            raise SecateurError(lacking)
         return value
 
     return loss
@@ -423,12 +457,15 @@ def _summaries(job: Job, gradients: Mapping[str, Derivatives]) -> list[Summary]:
                 continue
             layer = setting.layer
             seen = (inputs or {}).get(layer.name)
+            if seen is None and needs & {"squares", "gram"}:
+                continue  # its scores would compare with nobody's: it keeps the target sparsity
             weight = layer.matrix(job.model.get_parameter(layer.parameter).data).float()
             stats = _stats(plan.recipe, setting, seen, gradients.get(layer.parameter))
-            known = seen is not None or not needs & {"squares", "gram"}
-            scores = CRITERIA[criterion if known else "magnitude"].score(weight, stats)
+            scores = CRITERIA[criterion].score(weight, stats)
             shape = _shape_summary(job, setting).shape
             found.append(summarize(layer.name, shape, block, scores, plan.recipe.allocation))
+        for seen in (inputs or {}).values():
+            seen.release()
     job.plan = first.plan
     return found
 
@@ -453,8 +490,3 @@ class _timed:
 
     def __exit__(self, *_: object) -> None:
         self.job.seconds[self.stage] = self.job.seconds.get(self.stage, 0.0) + time.perf_counter() - self.start
-
-
-def as_dict(report: LayerReport) -> dict[str, Any]:
-    """A layer's report as JSON can hold it."""
-    return asdict(report)

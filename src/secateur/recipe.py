@@ -39,12 +39,15 @@ class Threshold(Part):
 
 
 class Calibration(Part):
-    """samples windows of length tokens. source: a text, JSONL or tensor file; None is the text that ships."""
+    """samples windows of length tokens, evenly spaced, or drawn with a seed. source: a text, JSONL or tensor file; None is
+    the text that ships.
+    """
 
     source: Path | None = None
     field: str | None = None
     samples: int = Field(default=64, ge=1)
     length: int = Field(default=512, ge=2)
+    seed: int | None = None
 
 
 class Override(Part):
@@ -136,7 +139,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "an allocation needs a sparsity to distribute",
-        lambda r, g: r.allocation != "uniform" and r.sparsity is None,
+        lambda r, g: r.allocation != "uniform" and (r.sparsity is None or g.kind == "n:m"),
         "a threshold and an N:M pattern already say how much goes from each layer: use the allocation uniform",
     ),
     Rule(
@@ -271,7 +274,8 @@ def _explain(kind: type[BaseModel], error: Any) -> str:
     if error["type"] == "extra_forbidden":
         known = _fields(kind, error["loc"][:-1])
         return f"unknown key {path!r}{nearest(str(error['loc'][-1]), known)}; known: {', '.join(known)}"
-    return f"{path} is {error['input']!r}: {error['msg'].lower()}"
+    hint = '; quote it: "2:4" (YAML takes it for a number)' if path.endswith("granularity") else ""
+    return f"{path} is {error['input']!r}: {error['msg'].lower()}{hint}"
 
 
 def _fields(kind: type[BaseModel], path: tuple[Any, ...]) -> list[str]:

@@ -177,6 +177,17 @@ def test_too_little_room(checkpoint: Checkpoint, out: Path, monkeypatch: pytest.
     assert list(out.parent.iterdir()) == []
 
 
+def test_a_refused_run_touches_nothing(checkpoint: Checkpoint, out: Path, tmp_path: Path) -> None:
+    """Another model, resumed by mistake over a run that was killed while its result was verified."""
+    Staging(checkpoint, out, {"model": "large"}, resume=False).assemble({}, ["config.json"])
+    before = {str(path): path.read_bytes() for path in staging_folder(out).rglob("*") if path.is_file()}
+    (tmp_path / "small").mkdir()
+    save_file({"a": torch.ones(2, 2)}, tmp_path / "small/model.safetensors")
+    with pytest.raises(SecateurError, match="begun with other settings"):
+        Staging(open_checkpoint(tmp_path / "small"), out, {"model": "small"}, resume=True)
+    assert {str(path): path.read_bytes() for path in staging_folder(out).rglob("*") if path.is_file()} == before
+
+
 HOLD = """
 import fcntl, sys
 journal = open(sys.argv[1], "ab")

@@ -284,3 +284,15 @@ def test_no_gradients() -> None:
     for visit in walk(lambda b: model(*b), dict(model.blocks.named_children()), [(torch.randn(1, 6), (0, 1))]):
         assert not visit.module(*visit.calls[0].args, **visit.calls[0].kwargs).requires_grad
     assert torch.is_grad_enabled()
+
+
+def test_those_that_only_go_along_do_not_decide_the_order() -> None:
+    """A rider that is at block 1 long before the data get there waits for them."""
+    model = Route()
+    x = torch.randn(2, 6)
+    seen = []
+    batches = [(x, (1, 3)), (x, (2, 1, 3))]  # the rider goes without block 2
+    blocks = {"1": model.blocks[1], "2": model.blocks[2], "3": model.blocks[3]}
+    for visit in walk(lambda b: model(*b), blocks, batches, to_the_end=[0]):
+        seen.append((visit.name, [call.batch for call in visit.calls]))
+    assert seen == [("2", [1]), ("1", [0, 1]), ("3", [0, 1])]

@@ -63,7 +63,7 @@ def demo(out: Path | None = None, progress: Progress = no_progress) -> list[Row]
         latencies = _latencies(models, test[0], progress)
         rows = []
         for index, (name, model) in enumerate(models.items()):
-            progress("measure", index, len(models), name)
+            progress("evaluate", index, len(models), name)
             size = sum(path.stat().st_size for path in folders[name].glob("*.safetensors"))
             scores = {task: accuracy(model, tokenizer, task, EXAMPLES, seed=1) for task in TASKS}
             perplexity = evaluate(model, test).perplexity

@@ -67,7 +67,7 @@ def arithmetic(rng: random.Random) -> Example:
 
 
 def brackets(rng: random.Random) -> Example:
-    """`close: ( [ ] { ->` `} )`: close what is still open, innermost first; up to 12 brackets, at most 5 open."""
+    """`close: ( [ ] { ->` `} )`: close what is still open, innermost first; up to 13 brackets, at most 5 open."""
     text, stack = [], []
     for _ in range(rng.randint(2, 12)):
         if not stack or (len(stack) < 5 and rng.random() < 0.6):

@@ -134,10 +134,10 @@ def _plain(folder: Path, entries: dict[str, Entry]) -> None:
 
 def _shards(folder: Path) -> tuple[list[str], dict[str, str]]:
     """The shards' file names in order, and the index's weight map (empty without an index)."""
+    if (folder / SINGLE).exists():  # stock libraries too take it before an index beside it
+        return [SINGLE], {}
     index = folder / INDEX
     if not index.exists():
-        if (folder / SINGLE).exists():
-            return [SINGLE], {}
         raise SecateurError(_nothing_to_open(folder))
     content = read_json(index)
     weight_map = content.get("weight_map")

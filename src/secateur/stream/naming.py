@@ -42,11 +42,6 @@ class Naming:
         for group in self.groups.values():
             group.members = {name: made.shape for name, made in self.assemble(group, blank).items()}
 
-    def within(self, prefix: str) -> list[Group]:
-        """Groups whose parameters lie in a module ("" = all)."""
-        start = f"{prefix}." if prefix else ""
-        return [group for group in self.groups.values() if any(name.startswith(start) for name in group.members)]
-
     def assemble(self, group: Group, read: Read) -> dict[str, Tensor]:
         """Parameter name -> tensor in the stored dtype."""
         if group.converter is None:

@@ -44,7 +44,9 @@ class Observer(TorchDispatchMode):
         super().__init__()
         self.inputs: dict[str, Inputs] = {}
         self.transposed: dict[str, bool] = {}
-        self.unclear: set[str] = set()  # used in parts or in another shape: what was seen is not what they are fed
+        self.unclear: set[str] = (
+            set()
+        )  # used in parts, another shape or both ways: what was seen is not what they are fed
         self.gram, self.share = gram, share
         self._ranges = sorted(
             ((w.parameter.data_ptr(), w.parameter.nbytes, w) for w in watched if w.parameter.numel()),
@@ -144,8 +146,9 @@ class Observer(TorchDispatchMode):
         """x: [groups, tokens, in]. version: of the tensor that x is a view of; x itself, made in here, does not count
         the changes in place. None: x was computed, and nobody can share it.
         """
-        self.transposed[name] = transposed
-        if x.shape[1] == 0:
+        if self.transposed.setdefault(name, transposed) != transposed:
+            self.unclear.add(name)
+        if x.shape[1] == 0 or name in self.unclear:
             return
         self._counts[name] = self._counts.get(name, 0) + 1
         mine = self.inputs.get(name)
@@ -216,7 +219,7 @@ def unfold(
 
 
 def collect(
-    run: Callable[[], Iterable[int]], watched: Sequence[Watched], gram: bool, each: Callable[[int], None] | None = None
+    run: Callable[[], Iterable[int]], watched: Sequence[Watched], gram: bool
 ) -> tuple[dict[str, Inputs], dict[str, bool]]:
     """Inputs per matrix name, and which matrices were used transposed. `run()` calls the block once per item.
 
@@ -226,10 +229,8 @@ def collect(
         observer = Observer(watched, gram, share)
         try:
             with observer, _no_fused_attention():
-                for index in run():
+                for _ in run():
                     observer.next_call()
-                    if each is not None:
-                        each(index)
             found = {name: seen for name, seen in observer.inputs.items() if name not in observer.unclear}
             for inputs in found.values():
                 inputs.complete()

@@ -19,8 +19,8 @@ from secateur.stream.observe import make_observable
 LARGE = 1 << 22  # numbers
 
 
-def check_folder(folder: Path) -> dict[str, Any]:
-    """The config of a folder that can be pruned. Raises SecateurError with the way out for one that cannot."""
+def check_folder(folder: Path) -> None:
+    """Raise SecateurError, with the way out, for a folder that cannot be pruned."""
     if not folder.is_dir():
         raise SecateurError(f"{folder} is not a folder; expected a local Hugging Face model folder or a hub id")
     if not (folder / "config.json").exists() and (folder / "adapter_config.json").exists():
@@ -37,7 +37,6 @@ def check_folder(folder: Path) -> dict[str, Any]:
             "  Prune the original model and quantize the result, or dequantize first "
             "(transformers: model.dequantize(), then save_pretrained)."
         )
-    return config
 
 
 def build(folder: Path, dtype: torch.dtype) -> nn.Module:
@@ -151,7 +150,10 @@ def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
 
 
 def compute_dtype(name: str, stored: torch.dtype, device: torch.device) -> torch.dtype:
-    """What the model computes in: as asked, or float32 on a CPU and the stored dtype on an accelerator."""
+    """What the model computes in: as asked, or at least float32 on a CPU and the stored dtype on an accelerator."""
     if name != "auto":
-        return getattr(torch, name)
-    return torch.float32 if device.type == "cpu" else stored
+        found = getattr(torch, name, None)
+        if not isinstance(found, torch.dtype) or not found.is_floating_point:
+            raise SecateurError(f"dtype {name!r} is none to compute in: auto, float32, bfloat16, float16 or float64")
+        return found
+    return torch.promote_types(stored, torch.float32) if device.type == "cpu" else stored

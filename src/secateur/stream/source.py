@@ -10,12 +10,28 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import SecateurError
-from secateur.stream.checkpoint import DTYPES, Checkpoint, open_checkpoint
+from secateur.stream.checkpoint import DTYPES, INDEX, SINGLE, Checkpoint, open_checkpoint
 from secateur.stream.naming import Group, Naming, Read
 from secateur.stream.skeleton import build, check_folder, compute, compute_dtype, may_be_missing, stored_dtype
 
 HEAVY = 32 << 20  # bytes: tables outside the blocks larger than this are loaded when they are used
-NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".py")
+NOT_COPIED = (  # weights in other formats, which hold the dense model, and code
+    *(
+        ".safetensors",
+        ".bin",
+        ".pt",
+        ".pth",
+        ".ckpt",
+        ".pkl",
+        ".pickle",
+        ".gguf",
+        ".h5",
+        ".msgpack",
+        ".onnx",
+        ".onnx_data",
+    ),
+    *(".ot", ".py"),
+)
 
 
 class Source:
@@ -27,7 +43,7 @@ class Source:
     def __init__(self, folder: Path, dtype: str, device: str) -> None:
         """Raises SecateurError for anything that is not a plain, unquantized safetensors folder."""
         self.folder = folder
-        self.config = check_folder(folder)
+        check_folder(folder)
         self.checkpoint: Checkpoint = open_checkpoint(folder)
         self.device = torch.device(device)
         self.stored = stored_dtype(self.checkpoint)
@@ -44,14 +60,15 @@ class Source:
         self._resident = self._compute_missing()
 
     def other_files(self) -> list[str]:
-        """Files that the result takes over as they are: configuration, tokenizer, processor."""
+        """Files that the result takes over as they are, those in subfolders too: configuration, tokenizer, processor."""
+        replaced = {"README.md", "secateur.json", *([INDEX] if self.checkpoint.shards == [SINGLE] else [])}
+        names = [path.relative_to(self.folder) for path in self.folder.rglob("*") if path.is_file()]
         return sorted(
-            path.name
-            for path in self.folder.iterdir()
-            if path.is_file()
-            and not path.name.startswith(".")
-            and not path.name.endswith(NOT_COPIED)
-            and path.name not in ("README.md", "secateur.json")
+            str(name)
+            for name in names
+            if not any(part.startswith(".") for part in name.parts)
+            and not name.name.endswith(NOT_COPIED)
+            and str(name) not in replaced
         )
 
     def load(self, prefix: str, read: Read | None = None) -> None:

@@ -50,7 +50,7 @@ class Staging:
             try:
                 found = self._agreed(plain)
             except BaseException:
-                self.close()
+                self._unlock()  # what lies there is another run's: nothing of it is touched
                 raise
             try:
                 self._begin(plain, found)
@@ -155,6 +155,7 @@ class Staging:
             for shard in self.source.shards:
                 os.replace(self._staged(shard), whole / shard)
             for name in copies:
+                (whole / name).parent.mkdir(parents=True, exist_ok=True)
                 self._copy(self.source.folder / name, whole / name)
             for name, content in files.items():
                 self.add(name, content)
@@ -191,8 +192,12 @@ class Staging:
             self._take_apart()
             if failed and not any("block" in record or "allocation" in record for record in self.records):
                 self._remove()
-        self._journal.close()
-        self._journal = None
+        self._unlock()
+
+    def _unlock(self) -> None:
+        if self._journal is not None:
+            self._journal.close()
+            self._journal = None
 
     def _remove(self) -> None:
         """Delete what a run puts into its staging folder, and nothing else that may lie there."""

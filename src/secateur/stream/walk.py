@@ -100,9 +100,8 @@ def _copied(value: Any, copies: dict[int, Any], tensors: bool) -> Any:
     elif type(value) is dict:
         found = {key: _copied(item, copies, tensors) for key, item in value.items()}
     elif hasattr(value, "__dict__") and not callable(value) and not isinstance(value, (dict, enum.Enum)):
-        found = copies[id(value)] = copy.copy(
-            value
-        )  # a cache, a layer of one, or something that is none the worse for it
+        # a cache, a layer of one, or something that is none the worse for it
+        found = copies[id(value)] = copy.copy(value)
         if found is not value:
             vars(found).update({key: _copied(item, copies, tensors) for key, item in vars(value).items()})
     else:
@@ -159,14 +158,17 @@ def walk(
             for traveler in travelers:
                 _advance(traveler, finish if traveler.batch in to_the_end else None, batches[traveler.batch])
             while waiting := [traveler for traveler in travelers if traveler.at is not None]:
-                name = min((t.at for t in waiting if t.at is not None), key=order.__getitem__)
+                first = [t for t in waiting if t.batch not in to_the_end] or waiting  # the others only go along
+                name = min((t.at for t in first if t.at is not None), key=order.__getitem__)
                 here = [traveler for traveler in waiting if traveler.at == name]
                 module = blocks[name]
                 store.load(name, module)
                 loaded.add(name)
                 if name not in done:
                     done.add(name)
-                    yield Visit(name, module, [Call(t.batch, t.args, t.kwargs or {}) for t in here])
+                    calls = [Call(t.batch, t.args, t.kwargs or {}) for t in here]
+                    yield Visit(name, module, calls)
+                    calls.clear()  # whoever still holds the visit holds no inputs
                 last = len(done) == len(blocks)
                 for traveler in here:
                     if last and traveler.batch not in to_the_end:

@@ -16,15 +16,15 @@ from secateur.errors import SecateurError
 FLOOR = 0.02  # of a layer's weights that allocations by score leave: an emptied layer is a dead model
 OUTLIER = 5.0  # OWL's M: an outlier scores this many times the layer's mean
 SWING = 0.08  # OWL's lambda: how far a layer may stray from the target
-PRECISION = 20  # leading bits of a float32 score that a histogram tells apart: 12 bits of mantissa
+PRECISION = 20  # leading bits of a float32 score that a histogram tells apart: 11 of mantissa
 
 
 @dataclass(frozen=True)
 class Summary:
     """What an allocation may know of a layer.
 
-    shape: the parameter's own ([out, in], or [out, in, *kernel]); scores, counts: a histogram, ascending;
-    outliers: share of scores above OUTLIER times their mean; block: the block it belongs to.
+    shape: the parameter's own ([out, in], or [out, in, *kernel]); scores, counts: a histogram, ascending; block: the
+    block it belongs to.
     """
 
     name: str
@@ -32,7 +32,6 @@ class Summary:
     block: str = ""
     scores: Tensor | None = None  # [bins]
     counts: Tensor | None = None  # [bins]
-    outliers: float = 0.0
 
     @property
     def size(self) -> int:
@@ -51,17 +50,16 @@ def summarize(name: str, shape: Sequence[int], block: str, scores: Tensor, alloc
     if allocation == "lamp":
         scores = lamp_scores(scores)
     edges, counts = histogram(scores)
-    outliers = float((scores > OUTLIER * scores.mean()).float().mean())
-    return Summary(name, tuple(shape), block, edges.cpu(), counts.cpu(), outliers)
+    return Summary(name, tuple(shape), block, edges.cpu(), counts.cpu())
 
 
 def lamp_scores(scores: Tensor) -> Tensor:
     """s^2 over the sum of s^2 of the layer's weights that are not smaller. Lee et al. 2021, arXiv:2010.07611, eq. 4."""
-    squares, order = scores.flatten().double().square().sort()
+    squares, order = scores.flatten().cpu().double().square().sort()
     rest = squares.flip(0).cumsum(0).flip(0)
     lamp = torch.empty_like(squares)
     lamp[order] = squares / rest.clamp(min=torch.finfo(torch.float64).tiny)
-    return lamp.float().reshape(scores.shape)
+    return lamp.float().reshape(scores.shape).to(scores.device)
 
 
 def uniform(layers: Sequence[Summary], sparsity: float) -> dict[str, float]:
@@ -88,7 +86,7 @@ def erdos_renyi(layers: Sequence[Summary], sparsity: float) -> dict[str, float]:
 def global_(layers: Sequence[Summary], sparsity: float) -> dict[str, float]:
     """One threshold for all layers' scores together; a layer keeps at least FLOOR of its weights.
 
-    Exact up to the histogram's relative resolution (2^-12): scores in the threshold's own bin go in the order of layers.
+    Exact up to the histogram's relative resolution (2^-11): scores in the threshold's own bin go in the order of layers.
     """
     caps = {layer.name: int(layer.size * (1 - FLOOR)) for layer in layers}
     target = int(sparsity * sum(layer.size for layer in layers) + 1e-9)
@@ -125,13 +123,14 @@ def _removed(layer: Summary, edge: Tensor, caps: Mapping[str, int], inclusive: b
 
 def owl(layers: Sequence[Summary], sparsity: float) -> dict[str, float]:
     """Blocks with more outliers keep more. Yin et al. 2024, arXiv:2310.05175, section 3: sparsities within SWING of the
-    target, falling linearly with the block's share of outliers, their mean the target.
+    target, falling linearly with the block's share of outliers (scores above OUTLIER times the block's mean), their mean
+    the target.
     """
     blocks: dict[str, list[Summary]] = {}
     for layer in layers:
         blocks.setdefault(layer.block, []).append(layer)
     sizes = {block: sum(layer.size for layer in members) for block, members in blocks.items()}
-    share = {b: sum(m.outliers * m.size for m in members) / sizes[b] for b, members in blocks.items()}
+    share = {block: _outliers(members) for block, members in blocks.items()}
     low, high = min(share.values()), max(share.values())
     apart = high - low > 1e-9  # not by rounding alone
     spread = {b: (share[b] - low) / (high - low) * 2 * SWING if apart else 0.0 for b in share}
@@ -140,6 +139,13 @@ def owl(layers: Sequence[Summary], sparsity: float) -> dict[str, float]:
     room = max(0.0, min(SWING, sparsity, 1 - FLOOR - sparsity))
     narrow = min(1.0, room / widest) if widest else 0.0
     return {layer.name: max(0.0, sparsity + narrow * (mean - spread[layer.block])) for layer in layers}
+
+
+def _outliers(members: Sequence[Summary]) -> float:
+    """The share of a block's scores above OUTLIER times their mean."""
+    scores, counts = (torch.cat(parts) for parts in zip(*map(_scores, members), strict=True))
+    mean = (scores.double() * counts).sum() / counts.sum()
+    return float(counts[scores > OUTLIER * mean].sum() / counts.sum())
 
 
 ALLOCATIONS: dict[str, Callable[[Sequence[Summary], float], dict[str, float]]] = {

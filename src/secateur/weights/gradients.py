@@ -89,7 +89,7 @@ def _add(
         if into.gradient is not None:
             into.gradient += gradient.detach()
         if into.squares is not None:
-            into.squares += gradient.detach().square()
+            into.squares += gradient.detach().float().square()
     if second:
         used = [
             (name, w, g)

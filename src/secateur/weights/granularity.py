@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,7 +19,7 @@ from secateur.errors import SecateurError
 
 def count(sparsity: float, units: int) -> int:
     """How many of `units` go: the whole number at or below sparsity * units (up to rounding of the product)."""
-    return min(units, math.floor(sparsity * units + 1e-9))
+    return min(units, math.floor(sparsity * units * (1 + 1e-12) + 1e-9))
 
 
 def lowest(scores: Tensor, number: int) -> Tensor:
@@ -178,6 +177,3 @@ class Choose:
     def with_mask(self, keep: Tensor) -> Choose:
         """The same question with its answer already known."""
         return replace(self, fixed=keep)
-
-
-Chooser = Callable[[Tensor], Tensor]

@@ -32,9 +32,17 @@ class Layer:
     transposed: bool = False
 
     def matrix(self, parameter: Tensor) -> Tensor:
-        """The parameter's part that is this layer, as a view [out, in]."""
-        part = parameter if self.index is None else parameter[self.index]
+        """The parameter's part that is this layer: [out, in], a view where its memory is laid out for one."""
+        part = self._part(parameter)
         return part.t() if self.transposed else part.flatten(1)
+
+    def write_(self, parameter: Tensor, matrix: Tensor) -> None:
+        """Put [out, in] in the place of what `matrix` gives, whatever the parameter's memory layout."""
+        part = self._part(parameter)
+        part.copy_(matrix.t() if self.transposed else matrix.reshape(part.shape))
+
+    def _part(self, parameter: Tensor) -> Tensor:
+        return parameter if self.index is None else parameter[self.index]
 
 
 @dataclass(frozen=True)
@@ -88,7 +96,7 @@ def no_match(pattern: str, names: Sequence[str]) -> str:
     some = "\n    ".join(names[:6])
     return (
         f"the pattern {pattern!r} matches no layer. Names are like:\n    {some}\n"
-        "  `secateur doctor --names` has them all."
+        "  `secateur doctor MODEL --names` has them all."
     )
 
 
@@ -210,7 +218,7 @@ def _routers(model: nn.Module) -> Iterator[Tensor]:
                 if other is child:
                     continue
                 for parameter in other.parameters():
-                    if parameter.ndim == 2 and number in (parameter.shape[0],) and parameter.shape[1] != number:
+                    if parameter.ndim == 2 and parameter.shape[0] == number and parameter.shape[1] != number:
                         yield parameter
 
 

@@ -62,7 +62,7 @@ def spectrum(gram: Tensor, damp: float) -> tuple[Tensor, Tensor, Tensor, float]:
     try:
         values, vectors = torch.linalg.eigh(scaled)
     except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]  # did not converge in float32
-        values, vectors = (part.float() for part in torch.linalg.eigh(scaled.double()))
+        values, vectors = (part.to(scaled) for part in torch.linalg.eigh(scaled.cpu().double()))
     while float(values[0]) + damp < 1e-5:  # rounding can leave small negative eigenvalues
         damp = max(damp * 10, 1e-5)
     return norm, values + damp, vectors, damp

@@ -38,7 +38,7 @@ class Inputs:
             self.gram = torch.zeros(groups, width, width, device=x.device) if gram else None
         self.tokens += tokens
         if sum(kept.shape[1] for kept in self.sample) < SAMPLE:
-            spread = torch.linspace(0, tokens - 1, min(tokens, SAMPLE_PER_CALL)).long()
+            spread = torch.linspace(0, tokens - 1, min(tokens, SAMPLE_PER_CALL), dtype=torch.float64).long()
             self.sample.append(x[:, spread].clone())
         self.squares += x.square().sum(1)
         if self.gram is not None:

@@ -35,9 +35,8 @@ def sparsegpt(weight: Tensor, stats: Stats, choose: Choose, criterion: str) -> U
     """
     width = choose.granularity.sweep
     if criterion == "obs" and width is not None and stats.inputs.squares is not None and len(stats.inputs.squares) == 1:
-        dead = stats.inputs.dead(
-            0
-        )  # as in the published code their weights score 0; here those that stay are as before
+        # as in the published code the weights of dead inputs score 0; here those that stay are as before
+        dead = stats.inputs.dead(0)
         new, keep = sweep_matrix(weight.masked_fill(dead, 0), stats.inputs.factor(stats.damp)[0], choose)
         return torch.where(dead, weight * keep, new), keep
     choose = choose.with_mask(choose(CRITERIA[criterion].score(weight, stats)))

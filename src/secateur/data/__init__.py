@@ -6,46 +6,21 @@ It knows files and tokenizers, and nothing of models beyond the names of their f
 from __future__ import annotations
 
 import hashlib
-import json
-import zipfile
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from secateur.data.tensors import TENSOR_SUFFIXES, TOKEN_IDS, load_tensors
+from secateur.data.text import bundled_text, load_text
 from secateur.errors import SecateurError
 
 Batch = Mapping[str, Tensor]  # keyword arguments of the model's forward; or INPUT alone or with TARGET
 INPUT, TARGET = "*input", "*target"  # what a model takes by position, and its label: no argument can bear these names
-
-TENSOR_SUFFIXES = {".safetensors", ".npz", ".npy"}
-JSON_SUFFIXES = {".jsonl", ".json", ".ndjson"}
-FIELDS = ("text", "content", "document", "body")  # guessed in this order
-TOKEN_IDS = ("input_ids", "decoder_input_ids")
-
-_PICKLE = (
-    "is a pickle or an archive. Never unpickle untrusted files (loading can run code): save as .safetensors or .npz"
-)
-_COMPRESSED = "is compressed; decompress it first (gunzip, bunzip2, unxz, unzstd)"
-_PARQUET = "is a Parquet file; write it out as JSON Lines (one object per line, .jsonl)"
-_TENSORS = "holds tensors, and text is expected: a UTF-8 file or JSON Lines (.jsonl)"
-REFUSED: tuple[tuple[set[str], tuple[bytes, ...], str], ...] = (  # suffixes, first bytes, why not
-    ({".gz", ".bz2", ".xz", ".zst"}, (b"\x1f\x8b", b"BZh91AY", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd"), _COMPRESSED),
-    (
-        {".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".bin", ".zip"},
-        (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"),
-        _PICKLE,
-    ),
-    ({".parquet"}, (b"PAR1",), _PARQUET),
-    (TENSOR_SUFFIXES, (b"\x93NUMPY",), _TENSORS),
-)
 
 
 class Tokenizer(Protocol):
@@ -90,7 +65,7 @@ def calibration(
     _at_least_one(samples=samples, length=length)
     path = None if source is None else Path(source)
     if path is not None and path.suffix.lower() in TENSOR_SUFFIXES:
-        tensors = _load_tensors(path)
+        tensors = load_tensors(path)
         available = len(next(iter(tensors.values())))
         if available < samples:
             less = f", or ask for less: --samples {available}" if available else ""
@@ -114,16 +89,23 @@ def calibration(
 
 
 def holdout(
-    source: str | Path | None, tokenizer: Tokenizer, *, samples: int, length: int, count: int, field: str | None = None
+    source: str | Path | None,
+    tokenizer: Tokenizer,
+    *,
+    samples: int,
+    length: int,
+    count: int,
+    seed: int | None = None,
+    field: str | None = None,
 ) -> list[Tensor]:
-    """Up to `count` windows of a text that `calibration` with seed None does not take: [1, length] int64 each.
+    """Up to `count` windows of a text that `calibration` with the same seed does not take: [1, length] int64 each.
 
     Evenly spaced among the windows that are left; none when calibration takes them all.
     """
     text, _ = bundled_text() if source is None else load_text(Path(source), field)
     ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)
     whole = len(ids) // length
-    taken = set(_choose(whole, samples, None)) if samples else set()
+    taken = set(_choose(whole, samples, seed)) if samples else set()
     free = [index for index in range(whole) if index not in taken]
     chosen = [free[place] for place in _choose(len(free), min(count, len(free)), None)]
     return [torch.tensor([ids[index * length : (index + 1) * length]]) for index in chosen]
@@ -171,39 +153,6 @@ def windows(text: str, tokenizer: Tokenizer, length: int, count: int, *, seed: i
     return _cut(text, tokenizer, length, count, seed, "the text")
 
 
-def load_text(source: Path, field: str | None) -> tuple[str, str]:
-    """The text of a file, and a note for people on what was read.
-
-    JSON Lines (.jsonl, .ndjson, .json): one object per line, its `field` taken, documents joined by blank lines.
-    Without `field`: the first of FIELDS that holds text, or else the field with the most characters; the note says
-    which. Any other file is plain UTF-8 text.
-
-    Raises SecateurError when the file is missing, empty, not UTF-8 (naming the byte), of a kind that is refused
-    (compressed, pickled), or when a line is not JSON, lacks the field or holds something else in it (naming the line).
-    """
-    text = _read(source)
-    if source.suffix.lower() in JSON_SUFFIXES:
-        return _documents(source, _parse(source, text), field)
-    if field is not None:
-        raise SecateurError(
-            f"{source} is read as plain text and has no field {field!r}; leave --field out, or give JSON Lines."
-        )
-    return text, source.name
-
-
-def bundled_text() -> tuple[str, str]:
-    """The text that ships with the package, its files joined by blank lines in the order of their names, and a note.
-
-    Raises SecateurError when the installation lacks it.
-    """
-    folder = files("secateur") / "text"
-    found = [file for file in folder.iterdir() if file.name.endswith(".txt")] if folder.is_dir() else []
-    if not found:
-        raise SecateurError(f"secateur's own text is missing from {folder}; reinstall secateur, or give a text file.")
-    parts = [file.read_bytes().decode("utf-8") for file in sorted(found, key=lambda file: file.name)]
-    return "\n\n".join(_newlines(part) for part in parts), "the text that ships with secateur"
-
-
 def digest(batches: Iterable[Batch]) -> str:
     """sha256, in hex, over the batches in order: of each its keys (sorted), dtypes, shapes and bytes."""
     sha = hashlib.sha256()
@@ -246,164 +195,6 @@ def _at_least_one(**numbers: int) -> None:
     for name, number in numbers.items():
         if number < 1:
             raise SecateurError(f"{name} is {number}; expected 1 or more.")
-
-
-# Reading text
-
-
-def _read(path: Path) -> str:
-    raw = _open(path)
-    for suffixes, starts, reason in REFUSED:
-        if path.suffix.lower() in suffixes or raw.startswith(starts):
-            raise SecateurError(f"{path} {reason}.")
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise SecateurError(
-            f"{path} is not UTF-8 text: byte {error.start} is 0x{raw[error.start]:02x} ({error.reason}). "
-            "Save it as UTF-8."
-        ) from None
-    if not text.strip("\ufeff \t\r\n"):
-        raise SecateurError(f"{path} is empty ({len(raw)} bytes, no text); give a file with text.")
-    return _newlines(text.removeprefix("\ufeff"))
-
-
-def _open(path: Path) -> bytes:
-    _exists(path)
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise SecateurError(f"{path} cannot be read: {error.strerror}. Check its permissions.") from None
-
-
-def _exists(path: Path) -> None:
-    if not path.exists():
-        raise SecateurError(f"{path} does not exist; give a text file, JSON Lines or saved tensors.")
-    if path.is_dir():
-        raise SecateurError(f"{path} is a folder; name one file in it.")
-
-
-def _newlines(text: str) -> str:
-    return text.replace("\r\n", "\n").replace("\r", "\n")
-
-
-def _parse(path: Path, text: str) -> list[tuple[int, dict[str, Any]]]:
-    """Line number, object. Lines end in a newline only: JSON strings may hold what str.splitlines cuts at."""
-    rows = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise SecateurError(
-                f"{path}, line {number} is not valid JSON: {error}. Expected one object per line; "
-                "`jq -c '.[]' FILE` turns an array into that."
-            ) from None
-        if not isinstance(row, dict):
-            raise SecateurError(
-                f"{path}, line {number} holds {_kind(row)}; expected an object such as {{'text': '...'}}. "
-                "`jq -c '.[]' FILE` turns an array into one object per line."
-            )
-        rows.append((number, row))
-    return rows
-
-
-def _documents(path: Path, rows: list[tuple[int, dict[str, Any]]], field: str | None) -> tuple[str, str]:
-    name, how = (field, "") if field is not None else _guess(path, rows)
-    documents = []
-    for number, row in rows:
-        if name not in row:
-            present = ", ".join(map(repr, row)) or "none"
-            raise SecateurError(
-                f"{path}, line {number} has no field {name!r}; its fields: {present}. Name one: --field."
-            )
-        value = row[name]
-        if not isinstance(value, str):
-            raise SecateurError(
-                f"{path}, line {number}: field {name!r} holds {_kind(value)}; expected a string of text."
-            )
-        if any("\ud800" <= character <= "\udfff" for character in value):
-            raise SecateurError(f"{path}, line {number}: field {name!r} holds half a surrogate pair; remove it.")
-        documents.append(value)
-    documents = [_newlines(document) for document in documents if document.strip()]
-    if not documents:
-        raise SecateurError(f"{path}: field {name!r} is empty in all {len(rows)} lines; name another: --field.")
-    return "\n\n".join(documents), f"{path.name} (field {name!r}{how}, {len(documents)} documents)"
-
-
-def _guess(path: Path, rows: list[tuple[int, dict[str, Any]]]) -> tuple[str, str]:
-    characters: dict[str, int] = {}
-    for _, row in rows:
-        for name, value in row.items():
-            if isinstance(value, str):
-                characters[name] = characters.get(name, 0) + len(value)
-    if not characters:
-        present = ", ".join(sorted({repr(name) for _, row in rows for name in row})) or "none"
-        raise SecateurError(
-            f"{path} has no field with a string in it; its fields: {present}. Write the text into 'text'."
-        )
-    known = next((name for name in FIELDS if characters.get(name)), None)
-    if known is not None:
-        return known, ", guessed by its name"
-    return max(characters, key=lambda name: characters[name]), ", guessed: the most text"
-
-
-def _kind(value: Any) -> str:
-    names = {type(None): "null", dict: "an object", list: "an array", str: "a string", bool: "a truth value"}
-    return names.get(type(value), "a number")
-
-
-# Reading tensors
-
-
-def _load_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file by argument name, all with the same first dimension."""
-    _exists(path)
-    tensors = _load_safetensors(path) if path.suffix.lower() == ".safetensors" else _load_numpy(path)
-    if not tensors:
-        raise SecateurError(f"{path} holds no tensors; expected one for each argument of the model's forward.")
-    shapes = ", ".join(f"{key} {list(tensor.shape)}" for key, tensor in tensors.items())
-    if any(tensor.ndim == 0 for tensor in tensors.values()) or len({len(tensor) for tensor in tensors.values()}) > 1:
-        raise SecateurError(f"{path}: the first dimension must be the sample, equal for all tensors; found {shapes}.")
-    return {key: _token_ids(path, key, tensor) if key in TOKEN_IDS else tensor for key, tensor in tensors.items()}
-
-
-def _load_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise SecateurError(f"{path} is not a valid safetensors file: {error}. Write it again.") from None
-
-
-def _load_numpy(path: Path) -> dict[str, Tensor]:
-    try:
-        loaded = np.load(path, allow_pickle=False)
-        arrays = {"input_ids": loaded} if isinstance(loaded, np.ndarray) else {key: loaded[key] for key in loaded.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        if "pickle" in str(error):
-            raise SecateurError(
-                f"{path} holds pickled objects. Never unpickle untrusted files (loading can run code): save arrays of "
-                "numbers as .safetensors or .npz."
-            ) from None
-        raise SecateurError(f"{path} is not a valid NumPy file: {error}. Write it again.") from None
-    try:
-        return {key: torch.from_numpy(array) for key, array in arrays.items()}
-    except (TypeError, ValueError):
-        found = ", ".join(f"{key} {array.dtype}" for key, array in arrays.items())
-        raise SecateurError(
-            f"{path}: torch cannot hold these arrays ({found}); save numbers in native order."
-        ) from None
-
-
-def _token_ids(path: Path, key: str, tensor: Tensor) -> Tensor:
-    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool or tensor.ndim < 2:
-        found = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
-        raise SecateurError(f"{path}: {key} is {found}; expected integers of shape [samples, length].")
-    return tensor.long()
 
 
 # Checking and describing
