@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from secateur.data import Batch, Data, call, from_iterable
 from secateur.errors import SecateurError
+from secateur.memory import trim
 from secateur.plan import Plan, Setting, allocated, make_plan, needs_scores, undivided, with_sparsities
 from secateur.recipe import Recipe
 from secateur.stream.observe import Watched, collect, make_observable
@@ -323,6 +324,7 @@ def _prune_block(
     reports = []
     for setting in settings:
         seen = inputs.get(setting.layer.name)
+        trim()
         reports.append(_prune_layer(job, setting, seen, gradients.get(setting.layer.parameter)))
         if seen is not None and last_user[id(seen)] == setting.layer.name:
             seen.release()

@@ -41,7 +41,7 @@ def inverse_factor(gram: Tensor, damp: float) -> tuple[Tensor, float]:
             lower, info = torch.linalg.cholesky_ex(damped_(gram, damp))
             if info == 0 and bool(torch.isfinite(lower.diagonal()).all()):
                 invert_lower_(lower)
-                if float(lower.abs().amax()) < 1e18:  # false for NaN and Inf too
+                if max(abs(float(edge)) for edge in lower.mT.aminmax()) < 1e18:  # false for NaN and Inf too
                     return flip_(lower), damp
             damp = max(damp * 10, 1e-6)
     finally:
@@ -83,7 +83,9 @@ def flip_(matrix: Tensor) -> Tensor:
 
 
 def invert_lower_(lower: Tensor, leaf: int = 256) -> Tensor:
-    """Invert a lower triangular matrix in place, by halves: almost all of the work is matrix products. [n, n]."""
+    """Invert a lower triangular matrix in place, by halves: almost all of the work is matrix products, which skip what is
+    zero and go a stripe at a time, so that they need no memory to speak of. [n, n].
+    """
     n = lower.shape[0]
     if n <= leaf:
         eye = torch.eye(n, dtype=lower.dtype, device=lower.device)
@@ -93,5 +95,11 @@ def invert_lower_(lower: Tensor, leaf: int = 256) -> Tensor:
     first, corner, second = lower[:half, :half], lower[half:, :half], lower[half:, half:]
     invert_lower_(first, leaf)
     invert_lower_(second, leaf)
-    corner.copy_(second @ corner @ first).neg_()
+    for start in reversed(range(0, n - half, leaf)):  # second @ corner: a row depends on itself and those above it
+        stop = min(start + leaf, n - half)
+        corner[start:stop] = second[start:stop, :stop] @ corner[:stop]
+    for start in range(0, half, leaf):  # corner @ first: a column depends on itself and those to the right
+        stop = min(start + leaf, half)
+        corner[:, start:stop] = corner[:, start:] @ first[start:, start:stop]
+    corner.neg_()
     return lower

@@ -37,7 +37,10 @@ def sparsegpt(weight: Tensor, stats: Stats, choose: Choose, criterion: str) -> U
     if criterion == "obs" and width is not None and stats.inputs.squares is not None and len(stats.inputs.squares) == 1:
         # as in the published code the weights of dead inputs score 0; here those that stay are as before
         dead = stats.inputs.dead(0)
-        new, keep = sweep_matrix(weight.masked_fill(dead, 0), stats.inputs.factor(stats.damp)[0], choose)
+        factor = stats.inputs.factor(stats.damp)[0]
+        if not bool(dead.any()):
+            return sweep_matrix(weight, factor, choose)
+        new, keep = sweep_matrix(weight.masked_fill(dead, 0), factor, choose)
         return torch.where(dead, weight * keep, new), keep
     choose = choose.with_mask(choose(CRITERIA[criterion].score(weight, stats)))
     return _by_groups(weight, stats, choose, lambda w, g, c: sweep_matrix(w, stats.inputs.factor(stats.damp)[g], c))
