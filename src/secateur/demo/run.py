@@ -68,7 +68,7 @@ def demo(out: Path | None = None, progress: Progress = no_progress) -> list[Row]
             scores = {task: accuracy(model, tokenizer, task, EXAMPLES, seed=1) for task in TASKS}
             perplexity = evaluate(model, test).perplexity
             rows.append(Row(name, sparsities[name], size, perplexity, scores, latencies[name]))
-        progress("measure", len(models), len(models), "done")
+        progress("evaluate", len(models), len(models), "done")
         return rows
 
 
