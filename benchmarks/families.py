@@ -106,7 +106,7 @@ def save(family: Family, folder: Path) -> None:
 
 def batches(family: Family) -> Data:
     """Two calibration batches."""
-    return from_iterable([_batch(family, seed) for seed in (0, 1)], None)
+    return from_iterable([_batch(family, seed) for seed in (0, 1)])
 
 
 def _batch(family: Family, seed: int) -> dict[str, Tensor]:

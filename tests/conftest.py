@@ -16,6 +16,14 @@ hypothesis.settings.register_profile("tests", deadline=None, max_examples=40, pr
 hypothesis.settings.load_profile("tests")
 
 VOCABULARY = 32
+TINY = {  # a decoder that prunes in a fraction of a second
+    "vocab_size": VOCABULARY,
+    "hidden_size": 8,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
 WORDS = ("root", "stem", "leaf", "bud", "twig", "bark", "sap", "thorn", "branch", "fruit", "seed", "graft")
 
 
@@ -28,17 +36,8 @@ def one_quiet_thread() -> None:
 def save_llama(folder: Path, *, layers: int = 2, tied: bool = True, shards: bool = True, seed: int = 0) -> Path:
     """A random LLaMA in a folder, in two shards or one."""
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=8,
-        intermediate_size=16,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-        tie_word_embeddings=tied,
-        initializer_range=0.3,
-    )
+    more = {"num_hidden_layers": layers, "max_position_embeddings": 64, "tie_word_embeddings": tied}
+    config = LlamaConfig(**TINY | more, initializer_range=0.3)
     LlamaForCausalLM(config).save_pretrained(folder, max_shard_size=f"{layers + 1}KB" if shards else "1GB")
     return folder
 

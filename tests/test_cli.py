@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
 import secateur
-from conftest import Watch, fingerprint, save_llama, save_tokenizer, text
+from conftest import TINY, Watch, fingerprint, save_llama, save_tokenizer, text
 from secateur.cli import app
 from secateur.recipe import ABOUT, METHODS
 
@@ -679,17 +679,7 @@ def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers import MixtralConfig, MixtralForCausalLM
 
     torch.manual_seed(0)
-    config = MixtralConfig(
-        vocab_size=32,
-        hidden_size=8,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        num_local_experts=4,
-        max_position_embeddings=64,
-        initializer_range=0.3,
-    )
+    config = MixtralConfig(**TINY, num_local_experts=4, max_position_embeddings=64, initializer_range=0.3)
     folder = tmp_path_factory.mktemp("models") / "mixtral"
     MixtralForCausalLM(config).save_pretrained(folder)
     save_tokenizer(folder)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from conftest import batches
+from conftest import TINY, batches
 from problems import noise
 from secateur import Recipe, Report, SecateurError, method, prune_
 from secateur.recipe import RULES
@@ -250,16 +250,7 @@ def test_a_language_model(name: str):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=32,
-        hidden_size=8,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        initializer_range=0.3,
-    )
-    model = LlamaForCausalLM(config)
+    model = LlamaForCausalLM(LlamaConfig(**TINY, initializer_range=0.3))
     report = prune_(model, method(name, sparsity=0.5, probes=1), batches(2))
     zeros = sum(int((model.get_submodule(layer.name).weight == 0).sum()) for layer in report.layers)
     assert report.sparsity == 0.5

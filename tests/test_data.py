@@ -371,16 +371,8 @@ class Recorder(nn.Module):
         return args, kwargs
 
 
-def test_a_generator_is_consumed_once_and_no_further_than_the_limit() -> None:
-    pulled = []
-
-    def endless() -> Any:
-        while True:
-            pulled.append(len(pulled))
-            yield {"x": torch.tensor([float(len(pulled))])}
-
-    made = from_iterable(endless(), 3)
-    assert pulled == [0, 1, 2]
+def test_a_generator_is_consumed() -> None:
+    made = from_iterable({"x": torch.tensor([float(number)])} for number in (1, 2, 3))
     assert [float(batch["x"]) for batch in made.batches] == [1.0, 2.0, 3.0]
     assert made.tokens == 0
     assert made.description == "3 batches, the first x [1] float32"
@@ -388,7 +380,7 @@ def test_a_generator_is_consumed_once_and_no_further_than_the_limit() -> None:
 
 def test_a_data_loader_keeps_its_labels_and_call_passes_only_the_input() -> None:
     images, labels = torch.rand(6, 3, 4, 4), torch.arange(6)
-    made = from_iterable(DataLoader(TensorDataset(images, labels), batch_size=2), None)
+    made = from_iterable(DataLoader(TensorDataset(images, labels), batch_size=2))
     assert len(made.batches) == 3
     assert torch.equal(made.batches[1][TARGET], labels[2:4])
     args, kwargs = call(Recorder(), made.batches[1])
@@ -400,12 +392,12 @@ def test_a_data_loader_keeps_its_labels_and_call_passes_only_the_input() -> None
 @pytest.mark.parametrize("wrap", [lambda x: x, lambda x: (x,), lambda x: [x, 3], lambda x: (x, {"boxes": x})])
 def test_call_of_positional_inputs(wrap: Any) -> None:
     x = torch.rand(2)
-    for batch in (wrap(x), from_iterable([wrap(x)], None).batches[0]):
+    for batch in (wrap(x), from_iterable([wrap(x)]).batches[0]):
         args, kwargs = call(Recorder(), batch, use_cache=False)
         assert len(args) == 1
         assert torch.equal(args[0], x)
         assert kwargs == {"use_cache": False}
-    assert set(from_iterable([wrap(x)], None).batches[0]) == {INPUT}
+    assert set(from_iterable([wrap(x)]).batches[0]) == {INPUT}
 
 
 def test_call_of_keyword_inputs() -> None:
@@ -413,54 +405,53 @@ def test_call_of_keyword_inputs() -> None:
     args, kwargs = call(Recorder(), batch, use_cache=False)
     assert args == ()
     assert set(kwargs) == {"input_ids", "labels", "use_cache"}
-    assert from_iterable([batch, batch], 1).tokens == 3
+    assert from_iterable([batch]).tokens == 3
 
 
 def test_inputs_are_detached() -> None:
     x = torch.rand(2, requires_grad=True)
-    assert not from_iterable([x * 2], None).batches[0][INPUT].requires_grad
+    assert not from_iterable([x * 2]).batches[0][INPUT].requires_grad
 
 
 def test_additive_masks_may_hold_minus_infinity() -> None:
     mask = torch.tensor([0.0, -math.inf])
-    assert from_iterable([{"attention_mask": mask}], None).batches[0]["attention_mask"][1] == -math.inf
+    assert from_iterable([{"attention_mask": mask}]).batches[0]["attention_mask"][1] == -math.inf
     with pytest.raises(SecateurError, match="batch 0: attention_mask"):
-        from_iterable([{"attention_mask": mask * 0}], None)
+        from_iterable([{"attention_mask": mask * 0}])
 
 
 ONE = torch.ones(2)
 
 
 @pytest.mark.parametrize(
-    ("batches", "limit", "message"),
+    ("batches", "message"),
     [
-        ([], None, "yields no batches"),
-        (iter(()), 4, "yields no batches"),
-        ([ONE], 0, "limit is 0"),
-        (ONE, None, "a single Tensor.*Wrap one batch in a list"),
-        ({"x": ONE}, None, "a single dict"),
-        ("text", None, "a single str"),
-        (3, None, "a single int"),
-        ([ONE, 3], None, "batch 1 is a int; expected a mapping of tensors"),
-        ([ONE, ()], None, "batch 1 is a tuple;"),
-        ([("a", ONE)], None, "batch 0 is a tuple of str"),
-        ([{}], None, "batch 0 holds an empty mapping"),
-        ([{"x": ONE, "y": [1]}], None, "batch 0 holds list under 'y'"),
-        ([ONE, ONE * math.nan], None, "batch 1: input holds NaN or infinity"),
-        ([(ONE, ONE * math.inf)], None, "batch 0: target holds NaN or infinity"),
-        ([{"x": ONE.bfloat16() * math.inf}], None, "batch 0: x holds NaN or infinity"),
+        ([], "yields no batches"),
+        (iter(()), "yields no batches"),
+        (ONE, "a single Tensor.*Wrap one batch in a list"),
+        ({"x": ONE}, "a single dict"),
+        ("text", "a single str"),
+        (3, "a single int"),
+        ([ONE, 3], "batch 1 is a int; expected a mapping of tensors"),
+        ([ONE, ()], "batch 1 is a tuple;"),
+        ([("a", ONE)], "batch 0 is a tuple of str"),
+        ([{}], "batch 0 holds an empty mapping"),
+        ([{"x": ONE, "y": [1]}], "batch 0 holds list under 'y'"),
+        ([ONE, ONE * math.nan], "batch 1: input holds NaN or infinity"),
+        ([(ONE, ONE * math.inf)], "batch 0: target holds NaN or infinity"),
+        ([{"x": ONE.bfloat16() * math.inf}], "batch 0: x holds NaN or infinity"),
     ],
 )
-def test_from_iterable_refuses(batches: Any, limit: int | None, message: str) -> None:
+def test_from_iterable_refuses(batches: Any, message: str) -> None:
     with pytest.raises(SecateurError, match=message):
-        from_iterable(batches, limit)
+        from_iterable(batches)
 
 
 def test_from_iterable_checks_token_ids() -> None:
     batch = {"input_ids": torch.tensor([[1, 9]]), "labels": torch.tensor([[1, -100]])}
-    assert from_iterable([batch], None, vocab_size=10).tokens == 2
+    assert from_iterable([batch], vocab_size=10).tokens == 2
     with pytest.raises(SecateurError, match="batch 1: input_ids holds token id 9; the model's vocabulary has 9 ids"):
-        from_iterable([{"x": ONE}, batch], None, vocab_size=9)
+        from_iterable([{"x": ONE}, batch], vocab_size=9)
 
 
 def test_call_refuses_what_is_no_batch() -> None:

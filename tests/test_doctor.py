@@ -19,7 +19,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from conftest import Watch, save_llama, save_tokenizer
+from conftest import TINY, Watch, save_llama, save_tokenizer
 from secateur import SecateurError, method
 from secateur.advice import Facts, advise
 from secateur.doctor import Diagnosis, diagnose, pattern_of
@@ -118,16 +118,7 @@ def test_the_globs_for_undivided_layers_protect_them(tmp_path: Path):
 
 
 def test_experts_and_routers(tmp_path: Path):
-    config = MixtralConfig(
-        vocab_size=32,
-        hidden_size=8,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        num_local_experts=4,
-    )
-    MixtralForCausalLM(config).save_pretrained(tmp_path)
+    MixtralForCausalLM(MixtralConfig(**TINY, num_local_experts=4)).save_pretrained(tmp_path)
     found = diagnose(tmp_path)
     counts = {group.pattern: group.count for group in found.layers}
     assert counts["model.layers.*.mlp.experts.gate_up_proj"] == 8

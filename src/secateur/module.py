@@ -33,11 +33,9 @@ from secateur.plan import Plan, make_plan
 from secateur.probe import TOLERANCE, answer, difference, digest
 from secateur.prune import InPlace, Job, Progress, Report, no_cache, no_progress, run
 from secateur.recipe import Recipe, nearest
-from secateur.stream.checkpoint import DTYPES, SINGLE, Checkpoint, open_file
+from secateur.stream.checkpoint import DTYPES, PICKLES, SINGLE, Checkpoint, open_file
 from secateur.stream.staging import Staging
 from secateur.stream.walk import Resident, randomness
-
-PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
 
 
 @dataclass

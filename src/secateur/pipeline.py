@@ -300,7 +300,7 @@ def _calibration(source: Source, plan: Plan, data: Any, tokenizer: Any) -> Data 
     if isinstance(data, Data):
         return data
     if data is not None:
-        return inputs.from_iterable(data, None, vocab_size=vocabulary(source.model))
+        return inputs.from_iterable(data, vocab_size=vocabulary(source.model))
     if not recipe.needs():
         return None
     if getattr(source.model, "main_input_name", "input_ids") != "input_ids" and recipe.calibration.source is None:

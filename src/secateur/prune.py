@@ -172,7 +172,7 @@ def prune_(
     """
     plan = make_plan(model, recipe)
     if data is not None and not isinstance(data, Data):
-        data = from_iterable(data, None)
+        data = from_iterable(data)
     modes, undo = [(module, module.training) for module in model.modules()], make_observable(model)
     before = {s.layer.parameter: model.get_parameter(s.layer.parameter).detach().clone() for s in plan.settings}
     model.eval()

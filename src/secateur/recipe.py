@@ -274,7 +274,8 @@ def _explain(kind: type[BaseModel], error: Any) -> str:
     if error["type"] == "extra_forbidden":
         known = _fields(kind, error["loc"][:-1])
         return f"unknown key {path!r}{nearest(str(error['loc'][-1]), known)}; known: {', '.join(known)}"
-    hint = '; quote it: "2:4" (YAML takes it for a number)' if path.endswith("granularity") else ""
+    number = path.endswith("granularity") and isinstance(error["input"], int)
+    hint = '; quote it: "2:4" (YAML takes it for a number)' if number else ""
     return f"{path} is {error['input']!r}: {error['msg'].lower()}{hint}"
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -111,8 +110,8 @@ def holdout(
     return [torch.tensor([ids[index * length : (index + 1) * length]]) for index in chosen]
 
 
-def from_iterable(batches: Iterable[Any], limit: int | None, vocab_size: int | None = None) -> Data:
-    """The first `limit` batches (None: all) of anything that yields batches, such as a DataLoader; consumed once.
+def from_iterable(batches: Iterable[Any], vocab_size: int | None = None) -> Data:
+    """All batches of anything that yields batches, such as a DataLoader; consumed once.
 
     A batch is a mapping of tensors (keyword arguments), a tensor, or a tuple or list (input, label, ...); the last two
     become {INPUT: input} and {INPUT: input, TARGET: label}, where a label that is no tensor is dropped. Tensors are
@@ -124,9 +123,7 @@ def from_iterable(batches: Iterable[Any], limit: int | None, vocab_size: int | N
     if isinstance(batches, (Mapping, Tensor, str)) or not isinstance(batches, Iterable):
         found = f"a single {type(batches).__name__}"
         raise SecateurError(f"the data is {found}; an iterable of batches is expected. Wrap one batch in a list.")
-    if limit is not None:
-        _at_least_one(limit=limit)
-    taken = [_as_batch(item, f"batch {index}") for index, item in enumerate(islice(batches, limit))]
+    taken = [_as_batch(item, f"batch {index}") for index, item in enumerate(batches)]
     if not taken:
         raise SecateurError("the data yields no batches (a generator that was used up?); give at least one.")
     return _data(taken, f"{len(taken)} batches, the first {_shapes(taken[0])}", vocab_size)

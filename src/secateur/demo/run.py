@@ -81,7 +81,7 @@ def _inputs() -> tuple[Any, Data, Tensor]:
         windows("\n".join(corpus(2000, seed=2, split=split)), tokenizer, LENGTH, WINDOWS, seed=None)
         for split in ("train", "test")
     )
-    return tokenizer, from_iterable([{"input_ids": window[None]} for window in learn], None), test
+    return tokenizer, from_iterable([{"input_ids": window[None]} for window in learn]), test
 
 
 def _load(folder: Path) -> nn.Module:

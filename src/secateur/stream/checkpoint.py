@@ -16,6 +16,7 @@ from torch import Tensor
 from secateur.errors import SecateurError
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 MOST_HEADER = 100_000_000  # bytes, the format's own limit
 QUANTIZED = (".qweight", ".qzeros", ".SCB", ".absmax", ".quant_map", ".weight_packed", ".weight_scale", "_scale_inv")
 DTYPES = {
@@ -152,14 +153,19 @@ def _shards(folder: Path) -> tuple[list[str], dict[str, str]]:
     return shards, weight_map
 
 
+def adapter(folder: Path) -> str:
+    """The message for a folder that holds an adapter alone."""
+    return (
+        f"{folder} holds an adapter, not a model. Merge it into its base model first "
+        "(peft: model.merge_and_unload(), then save_pretrained)."
+    )
+
+
 def _nothing_to_open(folder: Path) -> str:
     names = sorted(path.name for path in folder.iterdir())
     if "adapter_config.json" in names:
-        return (
-            f"{folder} holds an adapter, not a model. Merge it into its base model first "
-            "(peft: model.merge_and_unload(), then save_pretrained)."
-        )
-    pickles = [n for n in names if n.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl"))]
+        return adapter(folder)
+    pickles = [name for name in names if name.endswith(PICKLES)]
     if pickles:
         return (
             f"{folder} has its weights as pickle files ({pickles[0]}), which can run code when they are opened; "

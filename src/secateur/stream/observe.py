@@ -44,9 +44,8 @@ class Observer(TorchDispatchMode):
         super().__init__()
         self.inputs: dict[str, Inputs] = {}
         self.transposed: dict[str, bool] = {}
-        self.unclear: set[str] = (
-            set()
-        )  # used in parts, another shape or both ways: what was seen is not what they are fed
+        # used in parts, in another shape or both ways: what was seen is not what they are fed
+        self.unclear: set[str] = set()
         self.gram, self.share = gram, share
         self._ranges = sorted(
             ((w.parameter.data_ptr(), w.parameter.nbytes, w) for w in watched if w.parameter.numel()),

@@ -13,7 +13,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from secateur.errors import SecateurError
-from secateur.stream.checkpoint import DTYPES, Checkpoint, read_json
+from secateur.stream.checkpoint import DTYPES, Checkpoint, adapter, read_json
 from secateur.stream.observe import make_observable
 
 LARGE = 1 << 22  # numbers
@@ -24,10 +24,7 @@ def check_folder(folder: Path) -> None:
     if not folder.is_dir():
         raise SecateurError(f"{folder} is not a folder; expected a local Hugging Face model folder or a hub id")
     if not (folder / "config.json").exists() and (folder / "adapter_config.json").exists():
-        raise SecateurError(
-            f"{folder} holds an adapter, not a model. Merge it into its base model first "
-            "(peft: model.merge_and_unload(), then save_pretrained)."
-        )
+        raise SecateurError(adapter(folder))
     config = read_json(folder / "config.json")
     quantized = config.get("quantization_config") or config.get("compression_config")
     if quantized:

@@ -10,28 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import SecateurError
-from secateur.stream.checkpoint import DTYPES, INDEX, SINGLE, Checkpoint, open_checkpoint
+from secateur.stream.checkpoint import DTYPES, INDEX, PICKLES, SINGLE, Checkpoint, open_checkpoint
 from secateur.stream.naming import Group, Naming, Read
 from secateur.stream.skeleton import build, check_folder, compute, compute_dtype, may_be_missing, stored_dtype
 
 HEAVY = 32 << 20  # bytes: tables outside the blocks larger than this are loaded when they are used
-NOT_COPIED = (  # weights in other formats, which hold the dense model, and code
-    *(
-        ".safetensors",
-        ".bin",
-        ".pt",
-        ".pth",
-        ".ckpt",
-        ".pkl",
-        ".pickle",
-        ".gguf",
-        ".h5",
-        ".msgpack",
-        ".onnx",
-        ".onnx_data",
-    ),
-    *(".ot", ".py"),
-)
+# weights in other formats, which hold the dense model, and code
+NOT_COPIED = (*PICKLES, ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".ot", ".py")
 
 
 class Source:
