@@ -349,7 +349,7 @@ def _prune_layer(job: Job, setting: Setting, inputs: Inputs | None, derivative: 
     except SecateurError as error:
         raise SecateurError(f"{layer.name}: {error}") from None
     stored = job.keeper.stored_dtype(layer.parameter) or parameter.dtype
-    new = place * keep if update == "none" else (new * keep).to(stored)  # what only stays keeps its own precision
+    new = place * keep if update == "none" else new.mul_(keep).to(stored)  # what only stays keeps its own precision
     layer.write_(parameter.data, new)
     rounded = new.float()
     if inputs is not None and inputs.damping is not None and inputs.damping > job.plan.recipe.damp:

@@ -137,10 +137,9 @@ def test_the_caller_s_memory_is_left_alone():
     weight, factor, _ = problem(33)
     for form in (weight, weight.t().contiguous().t()):
         before, inverse = form.clone(), factor.clone()
-        found, _ = sweep_matrix(form, factor, Choose(parse("layer"), 0.5))
+        sweep_matrix(form, factor, Choose(parse("layer"), 0.5))
         assert torch.equal(form, before)
         assert torch.equal(factor, inverse)
-        assert found.is_contiguous()
 
 
 def test_what_is_not_finite_is_an_error():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,8 @@ STRIP = 16  # columns updated one by one before a small matrix product takes ove
 
 
 def sweep_matrix(weight: Tensor, factor: Tensor, choose: Choose) -> tuple[Tensor, Tensor]:
-    """Prune weight [out, in] with the upper factor R [in, in], R'R = H^-1. Returns the new weight and the keep mask.
+    """Prune weight [out, in] with the upper factor R [in, in], R'R = H^-1. Returns the new weight and the keep mask
+    (both transposed in memory: a copy would cost as much as the layer).
 
     Column i's removal error w_i / R_ii is subtracted from the columns to the right along R's row i (arXiv:2301.00774,
     eq. 3). The matrix is kept transposed, so that a column is contiguous.
@@ -28,9 +31,9 @@ def sweep_matrix(weight: Tensor, factor: Tensor, choose: Choose) -> tuple[Tensor
         errors = _sweep_block(columns, keep, factor, choose, range(start, stop), step)
         if stop < width:
             columns[stop:].addmm_(factor[start:stop, stop:].t(), errors, alpha=-1)
-    if not bool(torch.isfinite(columns).all()):
+    if not all(math.isfinite(float(edge)) for edge in columns.aminmax()):  # isfinite would need as much memory again
         raise SecateurError("the sweep ran into NaN or Inf: the weights or the calibration inputs are not finite")
-    return columns.t().contiguous(), keep.t().contiguous()
+    return columns.t(), keep.t()
 
 
 def _sweep_block(columns: Tensor, keep: Tensor, factor: Tensor, choose: Choose, block: range, step: int) -> Tensor:
