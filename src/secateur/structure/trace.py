@@ -1,0 +1,165 @@
+"""Run a model once and see which slices of its parameters belong together.
+
+The model's own forward runs under a dispatch mode; every ATen operator goes through its rule (see `rules`), which states
+facts about the identities of indices (see `identities`). What is left free at the end are the couplings (see `coupling`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+from secateur.structure.identities import Dim, Identities
+from secateur.structure.rules import RULES, Call, Dims, Seen, elementwise, unknown
+
+
+@dataclass
+class Facts:
+    """Everything that a run told: the identities of each parameter's and buffer's indices, and what has to hold."""
+
+    ids: Identities = field(default_factory=Identities)
+    dims: dict[str, Dims] = field(default_factory=dict)
+    equal_parts: list[list[Dim]] = field(default_factory=list)
+    reductions: list[tuple[Dim, str]] = field(default_factory=list)  # and the module that does it
+    unknown: dict[str, str] = field(default_factory=dict)  # operator -> module where it was seen first
+    operators: int = 0
+
+
+class Watch(TorchDispatchMode):
+    """Keeps the identities of every tensor that comes up."""
+
+    def __init__(self, model: nn.Module, facts: Facts) -> None:
+        super().__init__()
+        self.facts = facts
+        self.where: list[str] = []
+        self._dims: dict[int, Dims] = {}
+        self._storages: dict[int, tuple[Tensor, Dims]] = {}
+        self._seen: list[Tensor] = []
+        for name, tensor in tensors_of(model).items():
+            if id(tensor) in self._dims:
+                facts.dims[name] = self._dims[id(tensor)]
+                continue
+            dims: Dims = [facts.ids.new(size) if size > 1 else None for size in tensor.shape]
+            facts.dims[name] = self._dims[id(tensor)] = dims
+            self._storages[tensor.untyped_storage()._cdata] = (tensor, dims)
+
+    def dims_of(self, tensor: Tensor) -> Dims:
+        """The identities of a tensor's indices; of a tensor from elsewhere, nothing can be removed."""
+        found = self._dims.get(id(tensor))
+        if found is None:
+            found = getattr(tensor, "_secateur_dims", None)
+        if found is None:
+            base, dims = self._storages.get(tensor.untyped_storage()._cdata, (None, []))
+            if base is not None and base.shape == tensor.shape and base.stride() == tensor.stride():
+                return dims
+            for dim in dims:
+                self.facts.ids.protect(dim, "its memory is used in a way that cannot be followed")
+            return [None] * tensor.ndim
+        return found
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        self.facts.operators += 1
+        results = [value for value in (out if isinstance(out, (list, tuple)) else [out]) if isinstance(value, Tensor)]
+        if results:
+            self._follow(func, args, kwargs, results)
+        return out
+
+    def _follow(self, func: Any, args: Any, kwargs: Any, results: list[Tensor]) -> None:
+        name = str(func._schema.name).split("::")[-1]
+        rule = RULES.get(name)
+        if rule is None:
+            rule = elementwise if torch.Tag.pointwise in func.tags else unknown
+        where = self.where[-1] if self.where else ""
+        if rule is unknown:
+            self.facts.unknown.setdefault(f"{func}", where)
+        seen = tree_map(lambda v: Seen(tuple(v.shape), self.dims_of(v)) if isinstance(v, Tensor) else v, (args, kwargs))
+        shapes = [tuple(result.shape) for result in results]
+        reductions: list[Dim] = []
+        call = Call(self.facts.ids, f"aten.{name}", *seen, shapes, self.facts.equal_parts, reductions, {})
+        found = rule(call)
+        self.facts.reductions += [(dim, where) for dim in reductions if dim is not None]
+        for result, dims in zip(results, found, strict=True):
+            self._keep(result, dims)
+
+    def _keep(self, result: Tensor, dims: Dims) -> None:
+        for place, (size, dim) in enumerate(zip(result.shape, dims, strict=True)):
+            assert dim is None or len(dim) == size, (result.shape, [None if d is None else len(d) for d in dims])
+            if size == 1 and dim is not None:
+                self.facts.ids.protect(dim, "picked by its position")
+                dims[place] = None
+        if id(result) not in self._dims:
+            result._secateur_dims = dims  # type: ignore[attr-defined]
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """All parameters and buffers, under all their names."""
+    found: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    return found | dict(model.named_buffers(remove_duplicate=False))
+
+
+@contextlib.contextmanager
+def located(model: nn.Module, watch: Watch) -> Iterator[None]:
+    """Tell the watch which module is at work."""
+    names = {module: name for name, module in model.named_modules()}
+
+    def enter(module: nn.Module, args: Any) -> None:
+        watch.where.append(names.get(module, watch.where[-1] if watch.where else ""))
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        watch.where.pop()
+
+    hooks = torch.nn.modules.module
+    handles = [hooks.register_module_forward_pre_hook(enter), hooks.register_module_forward_hook(leave)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        watch.where.clear()
+
+
+@contextlib.contextmanager
+def plainly() -> Iterator[None]:
+    """Operators that can be followed instead of fused ones."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad(), torch.backends.mkldnn.flags(enabled=False):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def follow(model: nn.Module, run: Any) -> tuple[Facts, Any]:
+    """The facts of one run of the model, and its output. run: calls the model."""
+    facts = Facts()
+    watch = Watch(model, facts)
+    with plainly(), located(model, watch), watch:
+        output = run()
+    for tensor in outputs_of(output):
+        for dim in watch.dims_of(tensor):
+            facts.ids.protect(dim, "an output of the model")
+    return facts, output
+
+
+def outputs_of(output: Any) -> Iterator[Tensor]:
+    """The tensors of an output that its reader counts on. Where there are logits, inner states are not among them."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        inner = ("hidden_state", "past_key_values", "attentions", "cache") if "logits" in output else ()
+        for key, value in output.items():
+            if not any(word in str(key) for word in inner):
+                yield from outputs_of(value)
+    elif isinstance(output, (list, tuple)):
+        for value in output:
+            yield from outputs_of(value)
