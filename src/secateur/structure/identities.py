@@ -232,7 +232,7 @@ class Identities:
             later = []
             for column in todo:
                 there = column >= 0
-                product = there & (self._left[column] >= 0)
+                product = there & (self._left[column] >= 0) & (self._why[column] == 0)
                 if not product.any():
                     found.append(np.where(there & (self._why[column] == 0), column, -1))
                     continue

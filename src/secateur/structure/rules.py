@@ -22,6 +22,7 @@ class Seen:
 
     shape: tuple[int, ...]
     dims: Dims
+    strides: tuple[int, ...] = ()
 
     @property
     def ndim(self) -> int:
@@ -35,21 +36,22 @@ class Call:
     ids: Identities
     name: str
     args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    named: dict[str, Any]
     outputs: list[tuple[int, ...]]
     equal_parts: list[list[Dim]]  # parts of which equally many indices have to stay
     reductions: list[Dim]  # dimensions over which a mean or a norm is taken
     sizes: dict[str, Dim]  # integers among the arguments that count the indices of a dimension
 
-    def arg(self, place: int, name: str, default: Any = None) -> Any:
-        """An argument by its place or name."""
-        return self.args[place] if len(self.args) > place else self.kwargs.get(name, default)
+    def arg(self, name: str, default: Any = None) -> Any:
+        """An argument by its name in the operator's schema; the default where it was not given."""
+        found = self.named.get(name)
+        return default if found is None else found
 
     @property
     def operands(self) -> list[Seen]:
         """All tensors among the arguments, lists of tensors included."""
         found: list[Seen] = []
-        for value in (*self.args, *self.kwargs.values()):
+        for value in self.named.values():
             found += [v for v in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(v, Seen)]
         return found
 
@@ -78,6 +80,13 @@ def broadcast(ids: Identities, operands: Sequence[Seen], shape: Sequence[int], p
     for other in here[1:]:
         ids.same(here[0], other)
     return None if not here or any(dim is None for dim in here) else here[0]
+
+
+def broadcast_all(ids: Identities, operands: Sequence[Seen]) -> None:
+    """State what broadcasting to the first operand's shape says."""
+    shape = operands[0].shape
+    for place in range(1, len(shape) + 1):
+        broadcast(ids, operands, shape, -place)
 
 
 def unary(call: Call) -> list[Dims]:
@@ -161,7 +170,7 @@ def transpose(call: Call) -> list[Dims]:
 
 def squeeze(call: Call) -> list[Dims]:
     source, shape = call.args[0], call.outputs[0]
-    gone = call.arg(1, "dim")
+    gone = call.arg("dim")
     places = [gone] if isinstance(gone, int) else gone
     places = range(source.ndim) if places is None else [place % max(source.ndim, 1) for place in places]
     dims = [dim for place, dim in enumerate(source.dims) if place not in places or source.shape[place] != 1]
@@ -197,7 +206,7 @@ def repeat(call: Call) -> list[Dims]:
 
 def slice_(call: Call) -> list[Dims]:
     source = call.args[0]
-    place, start, end, step = (call.arg(1, "dim", 0), call.arg(2, "start"), call.arg(3, "end"), call.arg(4, "step", 1))
+    place, start, end, step = (call.arg("dim", 0), call.arg("start"), call.arg("end"), call.arg("step", 1))
     dims = list(source.dims)
     place %= len(dims)
     dim = dims[place]
@@ -215,13 +224,13 @@ def select(call: Call) -> list[Dims]:
 
 def unbind(call: Call) -> list[Dims]:
     dims = list(call.args[0].dims)
-    call.protect([dims.pop(call.arg(1, "dim", 0) % len(dims))], "taken apart by position")
+    call.protect([dims.pop(call.arg("dim", 0) % len(dims))], "taken apart by position")
     return [list(dims) for _ in call.outputs]
 
 
 def split(call: Call) -> list[Dims]:
-    source, place = call.args[0], call.arg(2, "dim", 0)
-    place %= source.ndim
+    source = call.args[0]
+    place = call.arg("dim", 0) % source.ndim
     start, found = 0, []
     for shape in call.outputs:
         dims, end = list(source.dims), start + shape[place]
@@ -236,7 +245,7 @@ def split(call: Call) -> list[Dims]:
 
 def cat(call: Call) -> list[Dims]:
     parts = [part for part in call.args[0] if part.shape != (0,)]
-    place, dims = call.arg(1, "dim", 0), list(parts[0].dims)
+    place, dims = call.arg("dim", 0), list(parts[0].dims)
     place %= len(dims)
     for other in parts[1:]:
         for index, dim in enumerate(other.dims):
@@ -248,7 +257,7 @@ def cat(call: Call) -> list[Dims]:
 
 
 def stack(call: Call) -> list[Dims]:
-    parts, place = call.args[0], call.arg(1, "dim", 0)
+    parts, place = call.args[0], call.arg("dim", 0)
     merged = [broadcast(call.ids, parts, parts[0].shape, -index) for index in range(parts[0].ndim, 0, -1)]
     merged.insert(place % (len(merged) + 1), None)
     return [merged]
@@ -264,7 +273,7 @@ def flip(call: Call) -> list[Dims]:
 
 
 def roll(call: Call) -> list[Dims]:
-    source, places = call.args[0], call.arg(2, "dims", ())
+    source, places = call.args[0], call.arg("dims", ())
     call.protect([source.dims[place] for place in places] if places else source.dims, "rolled by a number of places")
     return [[None if not places or i in [p % source.ndim for p in places] else d for i, d in enumerate(source.dims)]]
 
@@ -288,9 +297,27 @@ def pad(call: Call) -> list[Dims]:
 
 def diagonal(call: Call) -> list[Dims]:
     dims = list(call.args[0].dims)
-    one, other = (place % len(dims) for place in (call.arg(2, "dim1", 0), call.arg(3, "dim2", 1)))
+    one, other = (place % len(dims) for place in (call.arg("dim1", 0), call.arg("dim2", 1)))
     call.protect([dims[one], dims[other]], "a diagonal is taken over it")
     return [[dim for place, dim in enumerate(dims) if place not in (one, other)] + [None]]
+
+
+def as_strided(call: Call) -> list[Dims]:
+    """Followed where it changes nothing."""
+    source, shape, strides = call.args[0], call.outputs[0], call.args[2]
+    same = [(a, b) for size, a, b in zip(shape, strides, source.strides, strict=False) if size != 1]
+    if shape == source.shape and all(a == b for a, b in same):
+        return [list(source.dims)]
+    return unknown(call)
+
+
+def as_complex(call: Call) -> list[Dims]:
+    call.protect(call.args[0].dims[-1:], "real and imaginary parts")
+    return [list(call.args[0].dims[:-1])]
+
+
+def as_real(call: Call) -> list[Dims]:
+    return [[*call.args[0].dims, None]]
 
 
 def unfold(call: Call) -> list[Dims]:
@@ -322,7 +349,7 @@ def matmul(call: Call) -> list[Dims]:
 
 
 def linear(call: Call) -> list[Dims]:
-    x, weight, bias = call.args[0], call.args[1], call.arg(2, "bias")
+    x, weight, bias = call.args[0], call.args[1], call.arg("bias")
     call.ids.same(x.dims[-1], weight.dims[1])
     if bias is not None:
         call.ids.same(weight.dims[0], bias.dims[0])
@@ -371,10 +398,51 @@ def attention(call: Call) -> list[Dims]:
     else:
         call.ids.same(k.dims[1], call.ids.split(q.dims[1], q.shape[1] // k.shape[1])[0])
     call.ids.same(q.dims[3], k.dims[3])
-    if call.kwargs.get("scale") is None:
+    if call.arg("scale") is None:
         call.protect([q.dims[3]], "the scale of attention follows from the size of a head")
     call.protect([q.dims[2], k.dims[2], v.dims[2]], "tokens")
+    mask = call.arg("attn_mask") or call.arg("attn_bias")
+    if mask is not None:
+        broadcast_all(call.ids, [Seen((*q.shape[:3], k.shape[2]), [*q.dims[:2], None, None]), mask])
     return [[q.dims[0], q.dims[1], None, v.dims[3]], *(_plain(shape) for shape in call.outputs[1:])]
+
+
+def grouped_matmul(call: Call) -> list[Dims]:
+    """Rows [tokens, k], sorted by group, times the group's matrix [groups, k, m]."""
+    x, weight = call.args[0], call.args[1]
+    call.ids.same(x.dims[-1], weight.dims[-2])
+    if weight.ndim == 3:
+        call.protect([weight.dims[0]], "groups are looked up by number")
+    return [[None if dim is None else dim for dim in x.dims[:-1]] + [weight.dims[-1]]]
+
+
+def weight_norm(call: Call) -> list[Dims]:
+    """g v / ||v||: a row's norm runs over all that is not its own index."""
+    v, g, own = call.args[0], call.args[1], call.arg("dim", 0)
+    for place, dim in enumerate(v.dims):
+        if place == own % v.ndim:
+            call.ids.same(dim, g.dims[place])
+        else:
+            way_out = "remove it first: torch.nn.utils.parametrize.remove_parametrizations(module, 'weight')"
+            call.protect([dim], f"weight norm divides by a norm over it; {way_out}")
+    return [list(v.dims), list(g.dims)]
+
+
+def columns(call: Call) -> list[Dims]:
+    """im2col: [batch, channels, h, w] -> [batch, channels * window, places]."""
+    x, shape = call.args[0], call.outputs[0]
+    flat = call.ids.product(x.dims[1], None, (x.shape[1], shape[1] // x.shape[1]))
+    return [[x.dims[0], flat, None]]
+
+
+def masked_scatter(call: Call) -> list[Dims]:
+    """Rows of the source take the places that a mask names."""
+    x, source = call.args[0], call.args[2]
+    if x.shape[-1] == source.shape[-1]:
+        call.ids.same(x.dims[-1], source.dims[-1])
+        call.protect([*x.dims[:-1], *source.dims[:-1]], "entries are written by number")
+        return [list(x.dims)]
+    return unknown(call)
 
 
 def outer(call: Call) -> list[Dims]:
@@ -415,7 +483,17 @@ def group_norm(call: Call) -> list[Dims]:
 
 def reduction(call: Call) -> list[Dims]:
     """Sums and means: removed elements are no longer counted."""
-    source, places = call.args[0], call.arg(1, "dim")
+    source, places = call.args[0], call.arg("dim")
+    places = [places] if isinstance(places, int) else places
+    gone = range(source.ndim) if places is None or not len(places) else [place % source.ndim for place in places]
+    call.reductions += [source.dims[place] for place in gone]
+    return [_without(source.dims, gone, shape) for shape in call.outputs]
+
+
+def norm(call: Call) -> list[Dims]:
+    """A p-norm: its dimensions come after p."""
+    source = call.args[0]
+    places = call.arg("dim")
     places = [places] if isinstance(places, int) else places
     gone = range(source.ndim) if places is None or not len(places) else [place % source.ndim for place in places]
     call.reductions += [source.dims[place] for place in gone]
@@ -424,7 +502,7 @@ def reduction(call: Call) -> list[Dims]:
 
 def extreme(call: Call) -> list[Dims]:
     """Maxima, products, orders: what is removed might have been the answer."""
-    source, place = call.args[0], call.arg(1, "dim", None if "max" in call.name or "min" in call.name else -1)
+    source, place = call.args[0], call.arg("dim")
     places = [place] if isinstance(place, int) else place
     gone = range(source.ndim) if places is None or not len(places) else [place % source.ndim for place in places]
     call.protect([source.dims[place] for place in gone], f"{call.name} compares or chains its elements")
@@ -441,9 +519,7 @@ def _without(dims: Dims, gone: Sequence[int], shape: Sequence[int]) -> Dims:
 
 def chained(call: Call) -> list[Dims]:
     """Softmax, cumulative sums, sorting: the elements along a dimension need each other; shapes stay."""
-    source, place = call.args[0], call.arg(1, "dim", -1)
-    if call.name.split(".")[1] in ("topk", "kthvalue", "sort") and len(call.args) > 2:
-        place = call.args[2] if not isinstance(call.args[2], bool) else place
+    source, place = call.args[0], call.arg("dim", -1)
     call.protect([source.dims[place]], f"{call.name} runs over it")
     dims = [None if index == place % source.ndim else dim for index, dim in enumerate(source.dims)]
     return [dims if len(shape) == source.ndim else _plain(shape) for shape in call.outputs]
@@ -474,19 +550,14 @@ def gather(call: Call) -> list[Dims]:
     source, place = call.args[0], call.args[1] % call.args[0].ndim
     call.protect([source.dims[place]], "entries are looked up by number")
     index = call.args[2]
+    call.protect(index.dims, "numbers to look up")
     dims: Dims = []
     for other, dim in enumerate(source.dims):
-        whole = index.shape[other] == source.shape[other] if index.ndim == source.ndim else False
-        if other == place or not whole:
+        whole = other != place and index.shape[other] == source.shape[other]
+        if not whole:
             call.protect([dim], "entries are looked up by number")
-            dims.append(None)
-        else:
-            dims.append(dim if index.dims[other] is not None or _constant(index) else dim)
+        dims.append(dim if whole else None)
     return [dims]
-
-
-def _constant(seen: Seen) -> bool:
-    return all(dim is None for dim in seen.dims)
 
 
 def index_select(call: Call) -> list[Dims]:
@@ -500,6 +571,8 @@ def index(call: Call) -> list[Dims]:
     source, places = call.args[0], list(call.args[1])
     used = [place for place, tensor in enumerate(places) if tensor is not None]
     call.protect([source.dims[place] for place in used], "entries are looked up by number")
+    for tensor in places:
+        call.protect([] if tensor is None else tensor.dims, "numbers to look up")
     shape = call.outputs[0]
     taken = len(shape) - (source.ndim - len(used))
     together = used == list(range(used[0], used[0] + len(used)))
@@ -546,7 +619,7 @@ def scatter(call: Call) -> list[Dims]:
 def placed(call: Call) -> list[Dims]:
     """slice_scatter and its kin: the source is written into a part."""
     target, source = call.args[0], call.args[1]
-    place = call.arg(2, "dim", 0) % target.ndim
+    place = call.arg("dim", 0) % target.ndim
     call.protect([target.dims[place]], "written by position")
     left = [dim for other, dim in enumerate(target.dims) if other != place]
     inner = [d for o, d in enumerate(source.dims) if o != place] if source.ndim == target.ndim else source.dims
@@ -578,14 +651,22 @@ RULES: dict[str, Rule] = {
     **_rows(flip, "flip"),
     **_rows(roll, "roll"),
     **_rows(pad, "constant_pad_nd reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d"),
+    **_rows(as_strided, "as_strided as_strided_"),
+    **_rows(as_complex, "view_as_complex"),
+    **_rows(as_real, "view_as_real"),
     **_rows(diagonal, "diagonal"),
     **_rows(unfold, "unfold"),
     **_rows(unary, "alias detach detach_ clone contiguous _to_copy to lift_fresh lift view_as dropout tril triu"),
     **_rows(unary, "native_dropout resolve_conj resolve_neg _conj zeros_like ones_like full_like empty_like rand_like"),
     **_rows(unary, "randn_like fill_ zero_ normal_ uniform_ bernoulli_ exponential_ _assert_async nan_to_num"),
-    **_rows(elementwise, "copy_ copy masked_fill masked_fill_ where lerp addcmul addcdiv rsub bernoulli clamp"),
+    **_rows(elementwise, "copy_ copy masked_fill masked_fill_ where lerp addcmul addcdiv rsub bernoulli clamp floor_divide"),
+    **_rows(elementwise, "polar log_sigmoid_forward"),
     **_rows(matmul, "mm bmm addmm baddbmm mv addmv dot"),
     **_rows(linear, "linear"),
+    **_rows(grouped_matmul, "_grouped_mm"),
+    **_rows(weight_norm, "_weight_norm_interface"),
+    **_rows(columns, "im2col"),
+    **_rows(masked_scatter, "masked_scatter"),
     **_rows(outer, "outer ger"),
     **_rows(convolution, "convolution _convolution"),
     **_rows(attention, "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention"),
@@ -595,8 +676,9 @@ RULES: dict[str, Rule] = {
     **_rows(layer_norm, "native_layer_norm _fused_rms_norm"),
     **_rows(group_norm, "native_group_norm"),
     **_rows(reduction, "sum mean var std var_mean std_mean"),
-    **_rows(extreme, "amax amin max min argmax argmin prod any all logsumexp median norm linalg_vector_norm"),
-    **_rows(chained, "_softmax _log_softmax softmax cumsum cumprod topk sort kthvalue cummax cummin logcumsumexp"),
+    **_rows(extreme, "aminmax amax amin max min argmax argmin prod any all logsumexp median"),
+    **_rows(norm, "norm linalg_vector_norm"),
+    **_rows(chained, "_safe_softmax _softmax _log_softmax softmax cumsum cumprod topk sort kthvalue cummax cummin logcumsumexp"),
     **_rows(spatial, "avg_pool1d avg_pool2d _adaptive_avg_pool2d adaptive_avg_pool1d max_pool2d_with_indices"),
     **_rows(spatial, "adaptive_max_pool2d max_pool1d_with_indices avg_pool3d max_pool3d_with_indices"),
     **_rows(spatial, "_adaptive_avg_pool3d upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_bilinear2d"),
@@ -612,5 +694,6 @@ RULES: dict[str, Rule] = {
     **_rows(placed, "slice_scatter select_scatter"),
     **_rows(created, "zeros ones full empty new_zeros new_ones new_full new_empty rand randn empty_strided"),
     **_rows(constant, "arange linspace scalar_tensor eye tril_indices triu_indices nonzero bincount histc randperm"),
-    **_rows(constant, "_local_scalar_dense item is_nonzero equal randint isin searchsorted bucketize one_hot unique"),
+    **_rows(constant, "_local_scalar_dense item is_nonzero equal randint isin searchsorted bucketize one_hot"),
+    **_rows(constant, "unique unique_consecutive _unique2 _is_all_true _is_any_true"),
 }

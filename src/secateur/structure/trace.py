@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map
 
 from secateur.structure.identities import Dim, Identities
 from secateur.structure.rules import RULES, Call, Dims, Seen, elementwise, unknown
+from secateur.structure.sizes import Use, Uses, remembered
 
 
 @dataclass
@@ -29,6 +30,7 @@ class Facts:
     equal_parts: list[list[Dim]] = field(default_factory=list)
     reductions: list[tuple[Dim, str]] = field(default_factory=list)  # and the module that does it
     unknown: dict[str, str] = field(default_factory=dict)  # operator -> module where it was seen first
+    uses: list[Use] = field(default_factory=list)
     operators: int = 0
 
 
@@ -39,6 +41,7 @@ class Watch(TorchDispatchMode):
         super().__init__()
         self.facts = facts
         self.where: list[str] = []
+        self.groups: dict[str, Dim] = {}
         self._dims: dict[int, Dims] = {}
         self._storages: dict[int, tuple[Tensor, Dims]] = {}
         self._seen: list[Tensor] = []
@@ -46,8 +49,9 @@ class Watch(TorchDispatchMode):
             if id(tensor) in self._dims:
                 facts.dims[name] = self._dims[id(tensor)]
                 continue
-            dims: Dims = [facts.ids.new(size) if size > 1 else None for size in tensor.shape]
-            facts.dims[name] = self._dims[id(tensor)] = dims
+            if name not in facts.dims:
+                facts.dims[name] = [facts.ids.new(size) if size > 1 else None for size in tensor.shape]
+            dims = self._dims[id(tensor)] = facts.dims[name]
             self._storages[tensor.untyped_storage()._cdata] = (tensor, dims)
 
     def dims_of(self, tensor: Tensor) -> Dims:
@@ -81,14 +85,18 @@ class Watch(TorchDispatchMode):
         where = self.where[-1] if self.where else ""
         if rule is unknown:
             self.facts.unknown.setdefault(f"{func}", where)
-        seen = tree_map(lambda v: Seen(tuple(v.shape), self.dims_of(v)) if isinstance(v, Tensor) else v, (args, kwargs))
+        seen = tree_map(lambda v: self._see(v) if isinstance(v, Tensor) else v, (args, kwargs))
+        named = dict(zip((argument.name for argument in func._schema.arguments), seen[0], strict=False)) | seen[1]
         shapes = [tuple(result.shape) for result in results]
         reductions: list[Dim] = []
-        call = Call(self.facts.ids, f"aten.{name}", *seen, shapes, self.facts.equal_parts, reductions, {})
+        call = Call(self.facts.ids, f"aten.{name}", seen[0], named, shapes, self.facts.equal_parts, reductions, self.groups)
         found = rule(call)
         self.facts.reductions += [(dim, where) for dim in reductions if dim is not None]
         for result, dims in zip(results, found, strict=True):
             self._keep(result, dims)
+
+    def _see(self, tensor: Tensor) -> Seen:
+        return Seen(tuple(tensor.shape), self.dims_of(tensor), tuple(tensor.stride()))
 
     def _keep(self, result: Tensor, dims: Dims) -> None:
         for place, (size, dim) in enumerate(zip(result.shape, dims, strict=True)):
@@ -143,8 +151,10 @@ def follow(model: nn.Module, run: Any) -> tuple[Facts, Any]:
     """The facts of one run of the model, and its output. run: calls the model."""
     facts = Facts()
     watch = Watch(model, facts)
-    with plainly(), located(model, watch), watch:
+    uses = Uses(watch.dims_of, lambda: watch.where[-1] if watch.where else "", watch.groups)
+    with plainly(), located(model, watch), remembered(model), uses, watch:
         output = run()
+    facts.uses = uses.found
     for tensor in outputs_of(output):
         for dim in watch.dims_of(tensor):
             facts.ids.protect(dim, "an output of the model")

@@ -1,0 +1,158 @@
+"""Cut the shapes of a model, or set to zero what would be cut: the two that have to agree."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from secateur.structure.coupling import Coupling
+from secateur.structure.identities import Dim
+from secateur.structure.sizes import Values, owners, solve
+from secateur.structure.trace import Facts, tensors_of
+
+Keep = NDArray[np.int64]
+
+
+@dataclass
+class Cut:
+    """What remains: kept indices by tensor and dimension, and the attributes that count them."""
+
+    kept: dict[str, dict[int, Keep]]
+    attributes: Values
+    undo: list[Callable[[], None]] = field(default_factory=list)
+
+
+def cut_of(facts: Facts, removed: Mapping[int, NDArray[np.int64]], found: list[Coupling]) -> Cut:
+    """The cut that removes units of couplings. removed: number of the coupling -> its units."""
+    dead = np.zeros(facts.ids._used, bool)
+    for number, units in removed.items():
+        dead[found[number].roots[units]] = True
+    kept: dict[str, dict[int, Keep]] = {}
+    for name, dims in facts.dims.items():
+        for place, dim in enumerate(dims):
+            alive = _alive(facts, dim, dead)
+            if alive is not None and not alive.all():
+                kept.setdefault(name, {})[place] = np.flatnonzero(alive)
+    values = solve(facts.uses, lambda dim: _count(facts, dim, dead))
+    return Cut(kept, values)
+
+
+def _alive(facts: Facts, dim: Dim, dead: NDArray[np.bool_]) -> NDArray[np.bool_] | None:
+    """Which indices have no dead factor."""
+    if dim is None:
+        return None
+    alive = np.ones(len(dim), bool)
+    for column in facts.ids.factors(dim):
+        alive &= ~dead[np.maximum(column, 0)] | (column < 0)
+    return alive
+
+
+def _count(facts: Facts, dim: Dim, dead: NDArray[np.bool_]) -> int:
+    alive = _alive(facts, dim, dead)
+    return 0 if alive is None else int(alive.sum())
+
+
+def cut_(model: nn.Module, cut: Cut) -> Callable[[], None]:
+    """Narrow tensors and set attributes. Returns what undoes it."""
+    undo: list[Callable[[], None]] = []
+    done: set[int] = set()
+    for name, tensor in tensors_of(model).items():
+        if name not in cut.kept or id(tensor) in done:
+            continue
+        done.add(id(tensor))
+        data = narrowed(tensor.data, cut.kept[name])
+        undo.append(_restore(tensor, tensor.data, tensor.grad))
+        tensor.grad = None
+        tensor.data = data
+    holders = owners(model)
+    for (number, name, place), value in cut.attributes.items():
+        undo.append(_set(vars(holders[number][1]), name, place, value))
+    undo += _mirrors(model)
+    return lambda: [step() for step in reversed(undo)] and None
+
+
+def narrowed(tensor: Tensor, kept: Mapping[int, Keep]) -> Tensor:
+    """The kept indices of each dimension."""
+    for dim, indices in kept.items():
+        tensor = tensor.index_select(dim, torch.from_numpy(indices).to(tensor.device))
+    return tensor
+
+
+def _restore(tensor: Tensor, data: Tensor, grad: Tensor | None) -> Callable[[], None]:
+    def step() -> None:
+        tensor.data = data
+        tensor.grad = grad
+
+    return step
+
+
+def _set(table: dict[str, Any], name: str, place: int, value: int) -> Callable[[], None]:
+    before = table[name]
+    if place < 0:
+        table[name] = value
+    else:
+        items = list(before)
+        items[place] = value
+        table[name] = type(before)(items)
+
+    def step() -> None:
+        table[name] = before
+
+    return step
+
+
+MIRRORS: dict[type[nn.Module], dict[str, tuple[str, int]]] = {
+    nn.Linear: {"out_features": ("weight", 0), "in_features": ("weight", 1)},
+    nn.Bilinear: {"out_features": ("weight", 0), "in1_features": ("weight", 1), "in2_features": ("weight", 2)},
+    nn.Embedding: {"num_embeddings": ("weight", 0), "embedding_dim": ("weight", 1)},
+    nn.modules.batchnorm._NormBase: {"num_features": ("weight", 0)},
+    nn.GroupNorm: {"num_channels": ("weight", 0)},
+    nn.PReLU: {"num_parameters": ("weight", 0)},
+}
+
+
+def _mirrors(model: nn.Module) -> Iterable[Callable[[], None]]:
+    """Attributes of torch's own modules that say the shape of a weight and are not read in forward."""
+    undo = []
+    for module in model.modules():
+        wanted: dict[str, int] = {}
+        for kind, table in MIRRORS.items():
+            if isinstance(module, kind):
+                for attribute, (key, dim) in table.items():
+                    tensor = getattr(module, key, None)
+                    tensor = getattr(module, "running_mean", None) if tensor is None else tensor
+                    if tensor is not None and isinstance(getattr(module, attribute, None), int):
+                        wanted[attribute] = tensor.shape[dim]
+        if isinstance(module, nn.modules.conv._ConvNd):
+            a, b = (1, 0) if module.transposed else (0, 1)
+            wanted["out_channels"] = module.weight.shape[a] * (module.groups if module.transposed else 1)
+            wanted["in_channels"] = module.weight.shape[b] * (1 if module.transposed else module.groups)
+        for attribute, value in wanted.items():
+            if getattr(module, attribute) != value:
+                undo.append(_set(vars(module), attribute, -1, value))
+    return undo
+
+
+def mask_(model: nn.Module, cut: Cut) -> Callable[[], None]:
+    """Set to zero what would be cut. Returns what undoes it."""
+    undo: list[Callable[[], None]] = []
+    done: set[int] = set()
+    for name, tensor in tensors_of(model).items():
+        if name not in cut.kept or id(tensor) in done or not tensor.is_floating_point():
+            continue
+        done.add(id(tensor))
+        before = tensor.data
+        undo.append(_restore(tensor, before, tensor.grad))
+        masked = before.clone()
+        for dim, indices in cut.kept[name].items():
+            gone = torch.ones(before.shape[dim], dtype=torch.bool, device=before.device)
+            gone[torch.from_numpy(indices).to(before.device)] = False
+            masked.index_fill_(dim, gone.nonzero()[:, 0], 0)
+        tensor.data = masked
+    return lambda: [step() for step in reversed(undo)] and None
