@@ -201,6 +201,11 @@ class Identities:
 
     # Asking
 
+    @property
+    def count(self) -> int:
+        """One more than the largest index."""
+        return self._used
+
     def find(self, dim: Indices) -> Indices:
         """The root of each index; roots are equal where indices are the same."""
         root = self._parent[dim]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,22 +25,25 @@ class Cut:
 
     kept: dict[str, dict[int, Keep]]
     attributes: Values
-    undo: list[Callable[[], None]] = field(default_factory=list)
 
 
-def cut_of(facts: Facts, removed: Mapping[int, NDArray[np.int64]], found: list[Coupling]) -> Cut:
-    """The cut that removes units of couplings. removed: number of the coupling -> its units."""
-    dead = np.zeros(facts.ids._used, bool)
+def dead_of(facts: Facts, removed: Mapping[int, NDArray[np.int64]], found: Sequence[Coupling]) -> NDArray[np.bool_]:
+    """Which identities die when units of couplings are removed. removed: number of the coupling -> its units."""
+    dead = np.zeros(facts.ids.count, bool)
     for number, units in removed.items():
         dead[found[number].roots[units]] = True
+    return dead
+
+
+def cut_of(facts: Facts, dead: NDArray[np.bool_]) -> Cut:
+    """The cut that leaves what has no dead factor. Raises Clash where an attribute cannot follow."""
     kept: dict[str, dict[int, Keep]] = {}
     for name, dims in facts.dims.items():
         for place, dim in enumerate(dims):
             alive = _alive(facts, dim, dead)
             if alive is not None and not alive.all():
                 kept.setdefault(name, {})[place] = np.flatnonzero(alive)
-    values = solve(facts.uses, lambda dim: _count(facts, dim, dead))
-    return Cut(kept, values)
+    return Cut(kept, solve(facts.uses, lambda dim: _count(facts, dim, dead)))
 
 
 def _alive(facts: Facts, dim: Dim, dead: NDArray[np.bool_]) -> NDArray[np.bool_] | None:
@@ -49,6 +52,7 @@ def _alive(facts: Facts, dim: Dim, dead: NDArray[np.bool_]) -> NDArray[np.bool_]
         return None
     alive = np.ones(len(dim), bool)
     for column in facts.ids.factors(dim):
+        column = np.where(column < len(dead), column, -1)  # what was not there when the cut was made
         alive &= ~dead[np.maximum(column, 0)] | (column < 0)
     return alive
 

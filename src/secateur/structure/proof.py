@@ -1,0 +1,234 @@
+"""Proof that a cut is right: the cut model computes what the masked model computes, operator by operator and in the end.
+
+Two things are compared. The numbers among the operators' arguments (a scale, an epsilon) must not depend on what was cut:
+that needs no weights, and works on the meta device. And the outputs must agree with those of the model in which the same
+slices are zero, whose means and norms run over what remains.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from secateur.structure.identities import Dim
+from secateur.structure.surgery import Cut, cut_, mask_
+from secateur.structure.trace import Facts, Watch, located, outputs_of, plainly
+
+NORMS = frozenset({"native_layer_norm", "native_group_norm", "_fused_rms_norm"})
+REDUCTIONS = frozenset({"mean", "sum", "var", "var_mean", "std", "std_mean", "norm", "linalg_vector_norm"})
+
+
+class Wrong(Exception):
+    """A cut that does not compute what it should."""
+
+
+@dataclass
+class Numbers:
+    """The numbers that a run's operators were given, by module and operator, in order."""
+
+    seen: dict[tuple[str, str], list[Any]] = field(default_factory=dict)
+
+    def note(self, where: str, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
+        """Keep what is no tensor and no size."""
+        name = func._schema.name.removeprefix("aten::")
+        if torch.Tag.pointwise in func.tags or name in ("floor_divide", "polar", "baddbmm", "addmm"):
+            values = [value for value in args if isinstance(value, (int, float)) and not isinstance(value, bool)]
+        elif name.startswith("_scaled_dot_product"):
+            values = [kwargs.get("scale")]
+        elif name == "lift_fresh" and out.numel() == 1 and out.device.type != "meta":
+            values = [out.item()]
+        else:
+            return
+        self.seen.setdefault((where, name), []).append(values)
+
+    def against(self, other: Numbers) -> None:
+        """Raises Wrong where both runs made the same calls with other numbers."""
+        for key, values in self.seen.items():
+            others = other.seen.get(key, [])
+            if len(values) != len(others):
+                continue  # another path through the model: routing, loops over what is there
+            for one, two in zip(values, others, strict=True):
+                if one != two:
+                    old, new = next((a, b) for a, b in zip(one, two, strict=True) if a != b)
+                    raise Wrong(f"aten.{key[1]} in {key[0] or 'the model'} computes with {new} instead of {old}")
+
+
+class Listen(TorchDispatchMode):
+    """Only the numbers: what a cut model is run under."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = Numbers()
+        self.where: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.numbers.note(self.where[-1] if self.where else "", func, args, kwargs or {}, out)
+        return out
+
+
+class Masked(Watch):
+    """What a masked model is run under: means and norms run over the indices that are left."""
+
+    def __init__(self, model: nn.Module, facts: Facts, alive: Callable[[Dim], Any]) -> None:
+        super().__init__(model, Facts(facts.ids, dict(facts.dims)))
+        self._alive = alive
+        self.restricted = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.removeprefix("aten::")
+        if name in NORMS or name in REDUCTIONS:
+            call = _restricted_norm if name in NORMS else _restricted_reduction
+            kept = self._kept(name, func, args, kwargs or {})
+            if kept:
+                self.restricted = True
+                out = call(func, args, kwargs or {}, kept)
+                results = [value for value in (out if isinstance(out, tuple) else [out]) if isinstance(value, Tensor)]
+                self._follow(func, args, kwargs or {}, results)
+                return out
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def _kept(self, name: str, func: Any, args: Any, kwargs: Any) -> dict[int, Tensor]:
+        """Dimension that is reduced over -> its indices that are left, where some are not."""
+        x, found = args[0], {}
+        for place in _reduced_places(name, func, args, kwargs):
+            alive = self._alive(self.dims_of(x)[place])
+            if alive is not None and not alive.all():
+                found[place] = torch.from_numpy(np.flatnonzero(alive)).to(x.device)
+        return found
+
+
+def _reduced_places(name: str, func: Any, args: Any, kwargs: Any) -> list[int]:
+    x = args[0]
+    if name == "native_group_norm":
+        return [1]
+    if name in NORMS:
+        return [x.ndim - 1 - place for place in range(len(args[1]))]
+    named = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
+    places = named.get("dim")
+    places = [places] if isinstance(places, int) else places
+    return [place % x.ndim for place in places] if places else list(range(x.ndim))
+
+
+def _narrow(tensor: Tensor | None, kept: Mapping[int, Tensor]) -> Tensor | None:
+    if tensor is not None:
+        for place, indices in kept.items():
+            tensor = tensor.index_select(place, indices)
+    return tensor
+
+
+def _restricted_reduction(func: Any, args: Any, kwargs: Any, kept: Mapping[int, Tensor]) -> Any:
+    return func(_narrow(args[0], kept), *args[1:], **kwargs)
+
+
+def _restricted_norm(func: Any, args: Any, kwargs: Any, kept: Mapping[int, Tensor]) -> Any:
+    """A norm over what is left, put back among zeros."""
+    x = args[0]
+    small = _narrow(x, kept)
+    assert small is not None
+    if "group" in func._schema.name:
+        own = {0: kept[1]}
+        weight, bias = _narrow(args[1], own), _narrow(args[2], own)
+        out = func(small.contiguous(), weight, bias, args[3], small.shape[1], *args[5:], **kwargs)
+    else:
+        own = {place - (x.ndim - len(args[1])): indices for place, indices in kept.items()}
+        shape = list(small.shape[-len(args[1]) :])
+        rest = [_narrow(arg, own) if isinstance(arg, Tensor) else arg for arg in args[2:]]
+        out = func(small, shape, *rest, **kwargs)
+    whole = torch.zeros_like(x)
+    (place, indices), *others = kept.items()
+    if others:
+        raise Wrong("a norm over several dimensions of which more than one is cut")
+    return (whole.index_copy(place, indices, out[0]), *out[1:])
+
+
+def run_listening(model: nn.Module, run: Callable[[], Any]) -> tuple[list[Tensor], Numbers]:
+    """The outputs of a run, and its numbers."""
+    listen = Listen()
+    with plainly(), located(model, listen), listen:
+        output = run()
+    return _real(output), listen.numbers
+
+
+def _real(output: Any) -> list[Tensor]:
+    return [tensor for tensor in outputs_of(output) if tensor.is_floating_point()]
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What was seen: the largest difference relative to the largest output, and whether a norm ran over what was left."""
+
+    difference: float
+    restricted: bool
+
+
+def check(
+    model: nn.Module,
+    facts: Facts,
+    cut: Cut,
+    run: Callable[[], Any],
+    reference: Numbers,
+    alive: Callable[[Dim], Any],
+) -> Checked:
+    """Cut, run, undo; mask, run, undo; compare. The model is as it was afterwards. Raises Wrong."""
+    undo = cut_(model, cut)
+    try:
+        got, numbers = run_listening(model, run)
+    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError, NotImplementedError) as error:
+        raise Wrong(f"the cut model does not run: {_first_line(error)}{_line_of(error)}") from None
+    finally:
+        undo()
+    reference.against(numbers)
+    if not got or got[0].device.type == "meta":
+        return Checked(0.0, False)
+    want, restricted = masked_outputs(model, facts, cut, run, alive)
+    return Checked(difference(want, got), restricted)
+
+
+def masked_outputs(
+    model: nn.Module, facts: Facts, cut: Cut, run: Callable[[], Any], alive: Callable[[Dim], Any]
+) -> tuple[list[Tensor], bool]:
+    """The outputs of the masked model, and whether a mean or norm ran over what is left."""
+    undo = mask_(model, cut)
+    try:
+        masked = Masked(model, facts, alive)
+        with plainly(), located(model, masked), masked:
+            output = run()
+        return _real(output), masked.restricted
+    finally:
+        undo()
+
+
+def difference(want: Sequence[Tensor], got: Sequence[Tensor]) -> float:
+    """The largest difference of two lists of outputs, relative to the largest value of each; inf where shapes differ."""
+    worst = 0.0
+    for one, other in zip(want, got, strict=True):
+        if one.shape != other.shape:
+            return math.inf
+        size = float(one.abs().max()) if one.numel() else 0.0
+        apart = float((one - other).abs().max()) if one.numel() else 0.0
+        found = apart / size if size > 0 else apart
+        worst = max(worst, found if math.isfinite(found) else math.inf)
+    return worst
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
+
+
+def _line_of(error: BaseException) -> str:
+    """Where in the model's own code it happened."""
+    place, step = "", error.__traceback__
+    while step is not None:
+        name = step.tb_frame.f_code.co_filename
+        if "/torch/" not in name and "/secateur/structure/" not in name:
+            place = f" ({name.rsplit('/', 1)[-1]}, line {step.tb_lineno})"
+        step = step.tb_next
+    return place
