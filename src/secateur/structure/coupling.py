@@ -133,8 +133,8 @@ def _constraints(facts: Facts) -> Iterator[list[Dim]]:
     yield from facts.equal_parts
     counted: dict[object, list[Dim]] = {}
     for use in facts.uses:
-        if use.size.single is not None:
-            counted.setdefault(use.size.single, []).append(use.dim)
+        if not use.size.mixed:
+            counted.setdefault((use.size.keys, int(use.size)), []).append(use.dim)
     for dims in counted.values():
         unlike = list({id(dim): dim for dim in dims}.values())
         if len(unlike) > 1:

@@ -320,6 +320,32 @@ def as_real(call: Call) -> list[Dims]:
     return [[*call.args[0].dims, None]]
 
 
+def pixel_shuffle(call: Call) -> list[Dims]:
+    """[.., c r r, h, w] -> [.., c, h r, w r]: the r r values of a channel go together."""
+    x, factor = call.args[0], call.args[1]
+    call.protect(x.dims[-2:], "space")
+    channels, inside = call.ids.split(x.dims[-3], factor * factor)
+    call.protect([inside], "it is spread over space")
+    return [[*x.dims[:-3], channels, None, None]]
+
+
+def pixel_unshuffle(call: Call) -> list[Dims]:
+    x, factor = call.args[0], call.args[1]
+    call.protect(x.dims[-2:], "space")
+    return [[*x.dims[:-3], call.ids.product(x.dims[-3], None, (x.shape[-3], factor * factor)), None, None]]
+
+
+def gated_halves(call: Call) -> list[Dims]:
+    """glu: the first half times the sigmoid of the second."""
+    x = call.args[0]
+    dims, place = list(x.dims), call.arg("dim", -1)
+    if (dim := dims[place]) is not None:
+        half = len(dim) // 2
+        call.ids.same(dim[:half], dim[half:])
+        dims[place] = dim[:half]
+    return [dims]
+
+
 def unfold(call: Call) -> list[Dims]:
     dims = list(call.args[0].dims)
     place = call.args[1] % len(dims)
@@ -405,6 +431,20 @@ def attention(call: Call) -> list[Dims]:
     if mask is not None:
         broadcast_all(call.ids, [Seen((*q.shape[:3], k.shape[2]), [*q.dims[:2], None, None]), mask])
     return [[q.dims[0], q.dims[1], None, v.dims[3]], *(_plain(shape) for shape in call.outputs[1:])]
+
+
+def trilinear(call: Call) -> list[Dims]:
+    """Three operands, each with dimensions put in at places of its own, multiplied and summed (nn.Bilinear)."""
+    wide = []
+    for operand, places in zip(call.args[:3], call.args[3:6], strict=True):
+        shape, dims = list(operand.shape), list(operand.dims)
+        for place in sorted(places):
+            shape.insert(place, 1)
+            dims.insert(place, None)
+        wide.append(Seen(tuple(shape), dims))
+    shape = tuple(max(sizes) for sizes in zip(*(operand.shape for operand in wide), strict=True))
+    merged = [broadcast(call.ids, wide, shape, place - len(shape)) for place in range(len(shape))]
+    return [[dim for place, dim in enumerate(merged) if place not in call.args[6]]]
 
 
 def grouped_matmul(call: Call) -> list[Dims]:
@@ -654,15 +694,19 @@ RULES: dict[str, Rule] = {
     **_rows(as_strided, "as_strided as_strided_"),
     **_rows(as_complex, "view_as_complex"),
     **_rows(as_real, "view_as_real"),
+    **_rows(pixel_shuffle, "pixel_shuffle"),
+    **_rows(pixel_unshuffle, "pixel_unshuffle"),
+    **_rows(gated_halves, "glu"),
     **_rows(diagonal, "diagonal"),
     **_rows(unfold, "unfold"),
     **_rows(unary, "alias detach detach_ clone contiguous _to_copy to lift_fresh lift view_as dropout tril triu"),
     **_rows(unary, "native_dropout resolve_conj resolve_neg _conj zeros_like ones_like full_like empty_like rand_like"),
     **_rows(unary, "randn_like fill_ zero_ normal_ uniform_ bernoulli_ exponential_ _assert_async nan_to_num"),
     **_rows(elementwise, "copy_ copy masked_fill masked_fill_ where lerp addcmul addcdiv rsub bernoulli clamp floor_divide"),
-    **_rows(elementwise, "polar log_sigmoid_forward"),
+    **_rows(elementwise, "polar log_sigmoid_forward hardswish hardswish_ _prelu_kernel rrelu_with_noise complex"),
     **_rows(matmul, "mm bmm addmm baddbmm mv addmv dot"),
     **_rows(linear, "linear"),
+    **_rows(trilinear, "_trilinear"),
     **_rows(grouped_matmul, "_grouped_mm"),
     **_rows(weight_norm, "_weight_norm_interface"),
     **_rows(columns, "im2col"),

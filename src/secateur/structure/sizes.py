@@ -27,16 +27,20 @@ class Size(int):
 
     keys: frozenset[Key]
     compute: Callable[[Values], int]
+    single: Key | None  # the attribute that this number is, unchanged
+    mixed: bool  # whether other integers went into it
 
-    def __new__(cls, value: int, keys: frozenset[Key], compute: Callable[[Values], int]) -> Size:
+    def __new__(
+        cls,
+        value: int,
+        keys: frozenset[Key],
+        compute: Callable[[Values], int],
+        single: Key | None = None,
+        mixed: bool = False,
+    ) -> Size:
         made = super().__new__(cls, value)
-        made.keys, made.compute = keys, compute
+        made.keys, made.compute, made.single, made.mixed = keys, compute, single, mixed
         return made
-
-    @property
-    def single(self) -> Key | None:
-        """The attribute that this number is, unchanged."""
-        return next(iter(self.keys)) if len(self.keys) == 1 and not hasattr(self, "derived") else None
 
     def _with(self, other: Any, operation: Callable[[int, int], int], swapped: bool = False) -> Any:
         if type(other) is not int and not isinstance(other, Size):
@@ -45,9 +49,8 @@ class Size(int):
         one, two = (other, self) if swapped else (self, other)
         first, second = _computes(one), _computes(two)
         keys = self.keys | (other.keys if isinstance(other, Size) else frozenset())
-        made = Size(operation(int(one), int(two)), keys, lambda v: operation(first(v), second(v)))
-        made.derived = True  # type: ignore[attr-defined]
-        return made
+        mixed = self.mixed or not isinstance(other, Size) or other.mixed
+        return Size(operation(int(one), int(two)), keys, lambda v: operation(first(v), second(v)), None, mixed)
 
     def __mul__(self, other: Any) -> Any:
         return self._with(other, lambda a, b: a * b)
@@ -144,7 +147,7 @@ def _remembering(owner: int, name: str, value: Any) -> Any:
 
 
 def _attribute(key: Key, value: int) -> Size:
-    return Size(value, frozenset([key]), lambda values: values.get(key, value))
+    return Size(value, frozenset([key]), lambda values: values.get(key, value), key)
 
 
 class Uses(TorchFunctionMode):
@@ -254,28 +257,34 @@ class Clash(Exception):
     """An attribute that would have to count two dimensions of different sizes."""
 
 
-def solve(uses: Sequence[Use], remaining: Callable[[Dim], int]) -> Values:
-    """New values of attributes, so that each number counts what remains of its dimension. Raises Clash."""
+def solve(uses: Sequence[Use], remaining: Callable[[Dim], int]) -> list[Values]:
+    """New values of attributes, so that each number counts what remains of its dimension: the likeliest first.
+
+    An attribute that is used as it is follows from the dimension that it counts. One that only stands in expressions is
+    solved for; whether such an expression also holds sizes of tensors, which change by themselves, cannot be seen, and
+    so there are several answers to try. Raises Clash where an attribute counts dimensions of different sizes.
+    """
     wanted = [(use, remaining(use.dim) if use.dim is not None else int(use.size)) for use in uses]
-    values: Values = {}
+    direct: Values = {}
     for use, count in wanted:
-        if (key := use.size.single) is not None and values.setdefault(key, count) != count:
-            raise Clash(f"{key[1]} of {use.where} would have to be {values[key]} and {count} at once")
-    for use, count in wanted:
-        if use.size.compute(values) != count:
-            _solve_one(use, count, values)
-    for use, count in wanted:
-        if (found := use.size.compute(values)) != count:
-            names = ", ".join(sorted(key[1] for key in use.size.keys))
-            raise Clash(f"{use.where or 'the model'} computes {found} from {names}, where {count} remain")
-    return values
+        if (key := use.size.single) is not None and direct.setdefault(key, count) != count:
+            raise Clash(f"{key[1]} of {use.where} would have to be {direct[key]} and {count} at once")
+    answers = []
+    for mixed in (False, True):
+        values = dict(direct)
+        for use, count in wanted:
+            if use.size.single is None and (mixed or not use.size.mixed) and use.size.compute(values) != count:
+                _solve_one(use, count, values)
+        answers.append(values)
+    pure, everything = answers
+    found = [pure, direct, everything]
+    return [answer for place, answer in enumerate(found) if answer not in found[:place]]
 
 
 def _solve_one(use: Use, count: int, values: Values) -> None:
     """The one attribute of an expression that nothing else tells, by trying what it may be."""
-    free = [key for key in use.size.keys if key not in values]
-    for key in free:
-        for value in range(1, 2 * int(use.size) + 1):
+    for key in use.size.keys:
+        for value in range(1, 2 * int(use.size) + 1) if key not in values else ():
             if use.size.compute(values | {key: value}) == count:
                 values[key] = value
                 return

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,17 +21,17 @@ Keep = NDArray[np.int64]
 
 @dataclass
 class Cut:
-    """What remains: kept indices by tensor and dimension, and the attributes that count them."""
+    """What remains: kept indices by tensor and dimension, and the attributes that count them (answers to try)."""
 
     kept: dict[str, dict[int, Keep]]
-    attributes: Values
+    attributes: list[Values]
 
 
-def dead_of(facts: Facts, removed: Mapping[int, NDArray[np.int64]], found: Sequence[Coupling]) -> NDArray[np.bool_]:
-    """Which identities die when units of couplings are removed. removed: number of the coupling -> its units."""
+def dead_of(facts: Facts, removed: Iterable[tuple[Coupling, NDArray[np.int64]]]) -> NDArray[np.bool_]:
+    """Which identities die when these units of couplings are removed."""
     dead = np.zeros(facts.ids.count, bool)
-    for number, units in removed.items():
-        dead[found[number].roots[units]] = True
+    for coupling, units in removed:
+        dead[coupling.roots[units]] = True
     return dead
 
 
@@ -40,13 +40,13 @@ def cut_of(facts: Facts, dead: NDArray[np.bool_]) -> Cut:
     kept: dict[str, dict[int, Keep]] = {}
     for name, dims in facts.dims.items():
         for place, dim in enumerate(dims):
-            alive = _alive(facts, dim, dead)
+            alive = alive_in(facts, dim, dead)
             if alive is not None and not alive.all():
                 kept.setdefault(name, {})[place] = np.flatnonzero(alive)
     return Cut(kept, solve(facts.uses, lambda dim: _count(facts, dim, dead)))
 
 
-def _alive(facts: Facts, dim: Dim, dead: NDArray[np.bool_]) -> NDArray[np.bool_] | None:
+def alive_in(facts: Facts, dim: Dim, dead: NDArray[np.bool_]) -> NDArray[np.bool_] | None:
     """Which indices have no dead factor."""
     if dim is None:
         return None
@@ -58,11 +58,11 @@ def _alive(facts: Facts, dim: Dim, dead: NDArray[np.bool_]) -> NDArray[np.bool_]
 
 
 def _count(facts: Facts, dim: Dim, dead: NDArray[np.bool_]) -> int:
-    alive = _alive(facts, dim, dead)
+    alive = alive_in(facts, dim, dead)
     return 0 if alive is None else int(alive.sum())
 
 
-def cut_(model: nn.Module, cut: Cut) -> Callable[[], None]:
+def cut_(model: nn.Module, cut: Cut, answer: int = 0) -> Callable[[], None]:
     """Narrow tensors and set attributes. Returns what undoes it."""
     undo: list[Callable[[], None]] = []
     done: set[int] = set()
@@ -75,7 +75,7 @@ def cut_(model: nn.Module, cut: Cut) -> Callable[[], None]:
         tensor.grad = None
         tensor.data = data
     holders = owners(model)
-    for (number, name, place), value in cut.attributes.items():
+    for (number, name, place), value in cut.attributes[answer].items():
         undo.append(_set(vars(holders[number][1]), name, place, value))
     undo += _mirrors(model)
     return lambda: [step() for step in reversed(undo)] and None
@@ -118,6 +118,8 @@ MIRRORS: dict[type[nn.Module], dict[str, tuple[str, int]]] = {
     nn.modules.batchnorm._NormBase: {"num_features": ("weight", 0)},
     nn.GroupNorm: {"num_channels": ("weight", 0)},
     nn.PReLU: {"num_parameters": ("weight", 0)},
+    nn.RNNBase: {"input_size": ("weight_ih_l0", 1)},
+    nn.RNNCellBase: {"input_size": ("weight_ih", 1), "hidden_size": ("weight_hh", 1)},
 }
 
 

@@ -7,7 +7,7 @@ facts about the identities of indices (see `identities`). What is left free at t
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,7 +60,10 @@ class Watch(TorchDispatchMode):
         if found is None:
             found = getattr(tensor, "_secateur_dims", None)
         if found is None:
-            base, dims = self._storages.get(tensor.untyped_storage()._cdata, (None, []))
+            try:
+                base, dims = self._storages.get(tensor.untyped_storage()._cdata, (None, []))
+            except NotImplementedError:  # a tensor inside torch.vmap: whatever it holds, what comes out is plain
+                return [None] * tensor.ndim
             if base is not None and base.shape == tensor.shape and base.stride() == tensor.stride():
                 return dims
             for dim in dims:
@@ -147,8 +150,8 @@ def plainly() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
-def follow(model: nn.Module, run: Any) -> tuple[Facts, Any]:
-    """The facts of one run of the model, and its output. run: calls the model."""
+def follow(model: nn.Module, run: Callable[[], Any]) -> Facts:
+    """The facts of one run of the model. run: calls the model, and returns its output."""
     facts = Facts()
     watch = Watch(model, facts)
     uses = Uses(watch.dims_of, lambda: watch.where[-1] if watch.where else "", watch.groups)
@@ -158,7 +161,7 @@ def follow(model: nn.Module, run: Any) -> tuple[Facts, Any]:
     for tensor in outputs_of(output):
         for dim in watch.dims_of(tensor):
             facts.ids.protect(dim, "an output of the model")
-    return facts, output
+    return facts
 
 
 def outputs_of(output: Any) -> Iterator[Tensor]:

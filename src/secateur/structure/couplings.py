@@ -1,0 +1,99 @@
+"""What can be removed from a model: all couplings, and the reason for everything that is protected."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.structure.attention import replace_
+from secateur.structure.coupling import Coupling
+from secateur.structure.rehearsal import rehearsed
+from secateur.structure.trace import Facts, follow, tensors_of
+
+Inputs = Mapping[str, Any] | Sequence[Any] | Tensor
+
+
+@dataclass
+class Couplings:
+    """The couplings of a model. protected: dimension of a parameter -> why nothing can be removed from it."""
+
+    model: nn.Module
+    found: list[Coupling]
+    protected: dict[str, str]
+    facts: Facts
+    inputs: Inputs
+
+    def __iter__(self) -> Iterator[Coupling]:
+        return iter(self.found)
+
+    def __len__(self) -> int:
+        return len(self.found)
+
+    def __getitem__(self, key: int | str) -> Coupling:
+        if isinstance(key, int):
+            return self.found[key]
+        return next(coupling for coupling in self.found if coupling.name == key)
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.found))
+
+
+def trace(model: nn.Module, example_inputs: Inputs) -> Couplings:
+    """Run the model once on example inputs, and find what can be removed from it.
+
+    example_inputs: keyword arguments as a mapping, positional ones as a sequence, or one tensor. A model on the meta
+    device is traced without weights; then shapes and numbers are checked, but no values.
+
+    Raises SecateurError when the model does not run on the inputs. The model is left as it was.
+    """
+    run = runner(model, example_inputs)
+    training = [(module, module.training) for module in model.modules()]
+    model.eval()
+    undo = replace_(model)
+    try:
+        facts = follow(model, run)
+        parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        found = rehearsed(model, facts, parameters, run)
+        return Couplings(model, found, _protected(model, facts), facts, example_inputs)
+    finally:
+        undo()
+        for module, mode in training:
+            module.training = mode
+
+
+def runner(model: nn.Module, example_inputs: Inputs) -> Callable[[], Any]:
+    """What runs the model on the inputs, in the dtype that its weights have at that moment, always with the same seed."""
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}
+    if isinstance(example_inputs, Tensor):
+        args = (example_inputs,)
+    elif isinstance(example_inputs, Mapping):
+        kwargs = dict(example_inputs)
+    else:
+        args = tuple(example_inputs)
+
+    def run() -> Any:
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+        def fit(value: Any) -> Any:
+            return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return model(*map(fit, args), **{key: fit(value) for key, value in kwargs.items()})
+
+    return run
+
+
+def _protected(model: nn.Module, facts: Facts) -> dict[str, str]:
+    parameters = dict(model.named_parameters())
+    found = {}
+    for name in parameters:
+        for place, dim in enumerate(facts.dims[name]):
+            if dim is not None and facts.ids.protected(dim).all():
+                found[f"{name}:{place}"] = "; ".join(facts.ids.why(dim))
+    return found

@@ -1,0 +1,540 @@
+"""Small nets written by hand, each with a construction that is easy to cut wrongly, and what they take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import prune
+from torch.nn.utils.parametrizations import weight_norm
+
+NETS: dict[str, Callable[[], tuple[nn.Module, Any]]] = {}
+
+
+def net(make: Callable[[], tuple[nn.Module, Any]]) -> Callable[[], tuple[nn.Module, Any]]:
+    """Add a net to the table under its function's name."""
+    NETS[make.__name__.replace("_", " ")] = make
+    return make
+
+
+def image(channels: int = 3, size: int = 12, batch: int = 2) -> Tensor:
+    return torch.randn(batch, channels, size, size, generator=torch.Generator().manual_seed(1))
+
+
+def rows(width: int = 10, count: int = 5) -> Tensor:
+    return torch.randn(count, width, generator=torch.Generator().manual_seed(1))
+
+
+def tokens(width: int = 16, batch: int = 2, length: int = 7) -> Tensor:
+    return torch.randn(batch, length, width, generator=torch.Generator().manual_seed(1))
+
+
+@net
+def mlp():
+    return nn.Sequential(nn.Linear(10, 24), nn.ReLU(), nn.Linear(24, 18), nn.Sigmoid(), nn.Linear(18, 4)), rows()
+
+
+@net
+def residual_convolutions():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+            self.norm = nn.BatchNorm2d(16)
+            self.a = nn.Conv2d(16, 16, 3, padding=1)
+            self.b = nn.Conv2d(16, 16, 3, padding=1)
+            self.head = nn.Linear(16, 5)
+
+        def forward(self, x):
+            x = F.relu(self.norm(self.stem(x)))
+            x = x + self.b(F.silu(self.a(x)))
+            return self.head(x.mean((2, 3)))
+
+    return Net(), image()
+
+
+@net
+def padded_shortcut():
+    """He et al.'s option A: channels of the shortcut are padded with zeros."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Conv2d(3, 8, 3, padding=1)
+            self.b = nn.Conv2d(8, 16, 3, padding=1, stride=2)
+            self.c = nn.Conv2d(16, 16, 3, padding=1)
+            self.head = nn.Linear(16, 5)
+
+        def forward(self, x):
+            x = F.relu(self.a(x))
+            short = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 4, 4))
+            x = F.relu(self.c(F.relu(self.b(x))) + short)
+            return self.head(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+    return Net(), image()
+
+
+@net
+def dense_connections():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Conv2d(6 + 8 * i, 8, 3, padding=1) for i in range(3))
+            self.norms = nn.ModuleList(nn.BatchNorm2d(6 + 8 * i) for i in range(3))
+            self.stem = nn.Conv2d(3, 6, 1)
+            self.head = nn.Conv2d(30, 4, 1)
+
+        def forward(self, x):
+            x = self.stem(x)
+            for norm, layer in zip(self.norms, self.layers, strict=True):
+                x = torch.cat([x, layer(F.relu(norm(x)))], 1)
+            return self.head(x)
+
+    return Net(), image()
+
+
+@net
+def u_net():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Conv2d(3, 8, 3, padding=1)
+            self.b = nn.Conv2d(8, 16, 3, padding=1)
+            self.up = nn.ConvTranspose2d(16, 8, 2, stride=2)
+            self.c = nn.Conv2d(16, 8, 3, padding=1)
+            self.norm = nn.GroupNorm(4, 8)
+            self.head = nn.Conv2d(8, 2, 1)
+
+        def forward(self, x):
+            first = F.relu(self.a(x))
+            deep = F.relu(self.b(F.max_pool2d(first, 2)))
+            joined = torch.cat([first, self.up(deep)], 1)
+            return self.head(self.norm(self.c(joined)))
+
+    return Net(), image()
+
+
+@net
+def depthwise_separable():
+    return nn.Sequential(
+        nn.Conv2d(3, 12, 1),
+        nn.Conv2d(12, 12, 3, padding=1, groups=12),
+        nn.BatchNorm2d(12),
+        nn.Hardswish(),
+        nn.Conv2d(12, 24, 3, padding=1, groups=12),
+        nn.PReLU(24),
+        nn.Conv2d(24, 4, 1),
+    ), image()
+
+
+@net
+def grouped_convolutions():
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 1),
+        nn.ReLU(),
+        nn.Conv2d(16, 24, 3, padding=1, groups=4),
+        nn.ReLU(),
+        nn.ConvTranspose2d(24, 12, 2, stride=2, groups=4),
+        nn.ReLU(),
+        nn.Conv2d(12, 3, 1),
+    ), image()
+
+
+@net
+def group_norm_after_concat():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 8, 1), nn.Conv2d(3, 24, 1)
+            self.norm = nn.GroupNorm(4, 32)
+            self.c = nn.Conv2d(32, 4, 1)
+
+        def forward(self, x):
+            return self.c(F.relu(self.norm(torch.cat([self.a(x), self.b(x)], 1))))
+
+    return Net(), image()
+
+
+@net
+def channel_shuffle():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Conv2d(3, 16, 1)
+            self.b = nn.Conv2d(16, 16, 3, padding=1, groups=4)
+            self.c = nn.Conv2d(16, 16, 1, groups=4)
+            self.head = nn.Conv2d(16, 4, 1)
+
+        def forward(self, x):
+            x = self.b(F.relu(self.a(x)))
+            n, c, h, w = x.shape
+            x = x.view(n, 4, c // 4, h, w).transpose(1, 2).reshape(n, c, h, w)
+            return self.head(F.relu(self.c(x)))
+
+    return Net(), image()
+
+
+@net
+def split_bottlenecks():
+    """YOLO's C2f: a chunk in two halves, one of which grows branches, all concatenated."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cv1, self.m1 = nn.Conv2d(3, 16, 1), nn.Conv2d(8, 8, 3, padding=1)
+            self.m2, self.cv2 = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(32, 6, 1)
+
+        def forward(self, x):
+            y = list(F.silu(self.cv1(x)).chunk(2, 1))
+            y.append(F.silu(self.m1(y[-1])))
+            y.append(F.silu(self.m2(y[-1])) + y[-1])
+            return self.cv2(torch.cat(y, 1))
+
+    return Net(), image()
+
+
+@net
+def squeeze_and_excitation():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.down, self.up = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 6, 1), nn.Conv2d(6, 16, 1)
+            self.head = nn.Conv2d(16, 4, 1)
+
+        def forward(self, x):
+            x = self.a(x)
+            gate = torch.sigmoid(self.up(F.relu(self.down(F.adaptive_avg_pool2d(x, 1)))))
+            return self.head(x * gate)
+
+    return Net(), image()
+
+
+@net
+def pixel_shuffle():
+    return nn.Sequential(
+        nn.Conv2d(3, 32, 3, padding=1),
+        nn.PixelShuffle(2),
+        nn.Conv2d(8, 6, 3, padding=1),
+        nn.PixelUnshuffle(2),
+        nn.Conv2d(24, 3, 1),
+    ), image()
+
+
+@net
+def linear_into_feature_maps():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(10, 12 * 4 * 4), nn.Conv2d(12, 8, 3), nn.Linear(8 * 2 * 2, 5)
+
+        def forward(self, x):
+            x = F.relu(self.a(x)).view(x.shape[0], -1, 4, 4)
+            return self.c(F.relu(self.b(x)).flatten(1))
+
+    return Net(), rows()
+
+
+@net
+def einsum_attention():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k, self.v = (nn.Parameter(torch.randn(16, 4, 6) * 0.3) for _ in range(3))
+            self.o = nn.Parameter(torch.randn(4, 6, 16) * 0.3)
+
+        def forward(self, x):
+            q, k, v = (torch.einsum("btc,chd->bhtd", x, w) for w in (self.q, self.k, self.v))
+            weights = torch.einsum("bhtd,bhsd->bhts", q, k).softmax(-1)
+            return torch.einsum("bhtd,hdc->btc", torch.einsum("bhts,bhsd->bhtd", weights, v), self.o)
+
+    return Net(), tokens()
+
+
+@net
+def attention_by_attributes():
+    """Fused projections, heads counted by attributes, as in many vision transformers."""
+
+    class Attention(nn.Module):
+        def __init__(self, width, heads):
+            super().__init__()
+            self.heads, self.size = heads, width // heads
+            self.scale = self.size**-0.5
+            self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+        def forward(self, x):
+            b, t, _ = x.shape
+            q, k, v = self.qkv(x).view(b, t, 3, self.heads, self.size).permute(2, 0, 3, 1, 4)
+            x = ((q @ k.transpose(-2, -1)) * self.scale).softmax(-1) @ v
+            return self.out(x.transpose(1, 2).reshape(b, t, self.heads * self.size))
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.head = nn.Linear(16, 24), nn.Linear(24, 3)
+            self.norm, self.attention = nn.LayerNorm(24), Attention(24, 4)
+            self.up, self.down = nn.Linear(24, 40), nn.Linear(40, 24)
+
+        def forward(self, x):
+            x = self.embed(x)
+            x = x + self.attention(self.norm(x))
+            return self.head(x + self.down(F.gelu(self.up(x))))
+
+    return Net(), tokens()
+
+
+@net
+def grouped_queries():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k, self.v = nn.Linear(16, 32), nn.Linear(16, 16), nn.Linear(16, 16)
+            self.o = nn.Linear(32, 16)
+
+        def forward(self, x):
+            b, t, _ = x.shape
+            q = self.q(x).view(b, t, -1, 4).transpose(1, 2)
+            k, v = (f(x).view(b, t, -1, 4).transpose(1, 2) for f in (self.k, self.v))
+            times = q.shape[1] // k.shape[1]
+            k, v = k.repeat_interleave(times, 1), v.repeat_interleave(times, 1)
+            x = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            return self.o(x.transpose(1, 2).flatten(2))
+
+    return Net(), tokens()
+
+
+@net
+def reshapes_between_heads():
+    """(4, 6) heads become (8, 3) heads and (2, 12) heads on the way."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.mix, self.b = nn.Linear(16, 24), nn.Parameter(torch.randn(8, 8)), nn.Linear(24, 5)
+
+        def forward(self, x):
+            b, t, _ = x.shape
+            x = self.a(x).view(b, t, 4, 6)
+            x = torch.tanh(x).reshape(b, t, 8, 3)
+            x = torch.einsum("bthd,hg->btgd", x, self.mix)
+            return self.b(x.reshape(b, t, 2, 12).flatten(2))
+
+    return Net(), tokens()
+
+
+class Recurrent(nn.Module):
+    """A recurrent net between two linear layers."""
+
+    def __init__(self, kind, **options):
+        super().__init__()
+        self.a = nn.Linear(16, 12)
+        self.rnn = kind(12, 20, batch_first=True, **options)
+        self.b = nn.Linear(20 * (2 if options.get("bidirectional") else 1), 4)
+
+    def forward(self, x):
+        return self.b(self.rnn(self.a(x))[0])
+
+
+@net
+def lstm():
+    return Recurrent(nn.LSTM, num_layers=2), tokens()
+
+
+@net
+def bidirectional_gru():
+    return Recurrent(nn.GRU, num_layers=2, bidirectional=True), tokens()
+
+
+@net
+def multihead_attention():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.attention = nn.Linear(10, 24), nn.MultiheadAttention(24, 4, batch_first=True)
+            self.up, self.down, self.b = nn.Linear(24, 32), nn.Linear(32, 24), nn.Linear(24, 3)
+
+        def forward(self, x):
+            x = self.a(x)
+            x = x + self.attention(x, x, x, need_weights=False)[0]
+            return self.b(x + self.down(F.gelu(self.up(x))))
+
+    return Net(), tokens(10)
+
+
+@net
+def transformer_encoder():
+    layer = nn.TransformerEncoderLayer(24, 4, 48, batch_first=True)
+    return nn.Sequential(nn.Linear(10, 24), nn.TransformerEncoder(layer, 2), nn.Linear(24, 3)), tokens(10)
+
+
+@net
+def shared_module():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.same, self.b = nn.Linear(10, 16), nn.Linear(16, 16), nn.Linear(16, 4)
+
+        def forward(self, x):
+            x = F.relu(self.a(x))
+            for _ in range(3):
+                x = F.relu(self.same(x)) + x
+            return self.b(x)
+
+    return Net(), rows()
+
+
+@net
+def tied_weights():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.up, self.down = nn.Embedding(30, 12), nn.Linear(12, 20), nn.Linear(20, 12)
+
+        def forward(self, ids):
+            x = self.table(ids)
+            x = x + self.down(F.relu(self.up(x)))
+            return x @ self.table.weight.t()
+
+    return Net(), torch.arange(14).view(2, 7)
+
+
+@net
+def weight_normalization():
+    return nn.Sequential(weight_norm(nn.Linear(10, 20)), nn.ReLU(), nn.Linear(20, 12), nn.ReLU(), nn.Linear(12, 3)), rows()
+
+
+@net
+def spectral_like_parametrization():
+    class Symmetric(nn.Module):
+        def forward(self, x):
+            return x.triu() + x.triu(1).t()
+
+    net = nn.Sequential(nn.Linear(10, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))
+    torch.nn.utils.parametrize.register_parametrization(net[2], "weight", Symmetric())
+    return net, rows()
+
+
+@net
+def low_rank_adapter():
+    """x W + s (x A) B, as PEFT's LoRA layers compute it; the rank is a coupling of its own."""
+
+    class Adapted(nn.Module):
+        def __init__(self, width, out):
+            super().__init__()
+            self.base_layer = nn.Linear(width, out)
+            self.lora_A, self.lora_B = nn.Linear(width, 4, bias=False), nn.Linear(4, out, bias=False)
+
+        def forward(self, x):
+            return self.base_layer(x) + 2.0 * self.lora_B(self.lora_A(x))
+
+    return nn.Sequential(Adapted(10, 20), nn.ReLU(), Adapted(20, 16), nn.ReLU(), nn.Linear(16, 3)), rows()
+
+
+@net
+def masked_by_torch():
+    net = nn.Sequential(nn.Linear(10, 20), nn.ReLU(), nn.Linear(20, 3))
+    prune.random_unstructured(net[0], "weight", 0.5)
+    return net, rows()
+
+
+@net
+def forward_hook():
+    """A hook scales the output by a buffer of the same width."""
+    net = nn.Sequential(nn.Linear(10, 20), nn.ReLU(), nn.Linear(20, 3))
+    net[0].register_buffer("gain", torch.rand(20) + 0.5)
+    net[0].register_forward_hook(lambda module, args, output: output * module.gain)
+    return net, rows()
+
+
+@net
+def bilinear_form():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.form = nn.Linear(10, 8), nn.Linear(10, 6), nn.Bilinear(8, 6, 5)
+            self.c = nn.Linear(5, 3)
+
+        def forward(self, x):
+            return self.c(F.relu(self.form(torch.tanh(self.a(x)), torch.tanh(self.b(x)))))
+
+    return Net(), rows()
+
+
+@net
+def gated_halves():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(10, 32), nn.Linear(16, 3)
+
+        def forward(self, x):
+            a, b = self.up(x).chunk(2, -1)
+            return self.down(F.silu(a) * b)
+
+    return Net(), rows()
+
+
+@net
+def rms_norm():
+    class Norm(nn.Module):
+        def __init__(self, width):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(width))
+
+        def forward(self, x):
+            return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5)
+
+    return nn.Sequential(nn.Linear(10, 16), Norm(16), nn.Linear(16, 12), nn.RMSNorm(12), nn.Linear(12, 3)), rows()
+
+
+@net
+def convolution_over_time():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.conv, self.b = nn.Linear(16, 12), nn.Conv1d(12, 12, 4, groups=12, padding=3), nn.Linear(12, 5)
+
+        def forward(self, x):
+            x = self.conv(self.a(x).transpose(1, 2))[..., : x.shape[1]]
+            return self.b(F.silu(x).transpose(1, 2))
+
+    return Net(), tokens()
+
+
+@net
+def in_place_writes():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(10, 16), nn.Linear(16, 3)
+
+        def forward(self, x):
+            x = self.a(x)
+            x[:, :4] = 0.5
+            x[:, 4:].mul_(2)
+            return self.b(x.relu_())
+
+    return Net(), rows()
+
+
+@net
+def fixed_view():
+    """A size that is written into the code: cannot follow, must be refused."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.up, self.down = nn.Linear(10, 16), nn.Linear(16, 3), nn.Linear(3, 8), nn.Linear(8, 2)
+
+        def forward(self, x):
+            x = self.a(x).view(-1, 4, 4).sum(1, keepdim=True).expand(-1, 4, 4).reshape(-1, 16)
+            return self.down(F.relu(self.up(self.b(x))))
+
+    return Net(), rows()
+
+
+@net
+def softmax_over_channels():
+    return nn.Sequential(nn.Linear(10, 16), nn.Softmax(-1), nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 3)), rows()
