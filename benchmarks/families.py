@@ -31,10 +31,11 @@ from torch import Tensor, nn
 
 from common import RESULTS, machine, write
 from secateur.data import Data, call, from_iterable
+from secateur.forward import no_cache
 from secateur.pipeline import prune
 from secateur.plan import make_plan
 from secateur.probe import answer
-from secateur.prune import InPlace, Job, Report, no_cache, run
+from secateur.prune import InPlace, Job, Report, run
 from secateur.recipe import Recipe, method
 from secateur.stream.observe import make_observable
 from secateur.stream.walk import Resident

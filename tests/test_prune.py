@@ -23,8 +23,8 @@ from transformers import (
 from conftest import save_llama
 from problems import noise
 from secateur import SecateurError, method, prune, prune_
+from secateur.forward import default_loss
 from secateur.module import prune_built
-from secateur.prune import default_loss
 
 HALF = {"sparsity": 0.5}
 

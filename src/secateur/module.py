@@ -26,12 +26,13 @@ from secateur.card import card, environment, manifest
 from secateur.data import Batch, Data, call
 from secateur.data.tensors import TENSOR_SUFFIXES
 from secateur.errors import SecateurError
+from secateur.forward import no_cache
 from secateur.machine import check_device
 from secateur.memory import peak_memory
 from secateur.pipeline import check_out
 from secateur.plan import Plan, make_plan
 from secateur.probe import TOLERANCE, answer, difference, digest
-from secateur.prune import InPlace, Job, Progress, Report, no_cache, no_progress, run
+from secateur.prune import InPlace, Job, Progress, Report, no_progress, run
 from secateur.recipe import Recipe, nearest
 from secateur.stream.checkpoint import DTYPES, PICKLES, SINGLE, Checkpoint, open_file
 from secateur.stream.staging import Staging

@@ -20,11 +20,12 @@ from secateur.card import card, environment, manifest
 from secateur.data import Batch, Data, call
 from secateur.data.tensors import TENSOR_SUFFIXES
 from secateur.errors import SecateurError
+from secateur.forward import no_cache
 from secateur.machine import check_device
 from secateur.memory import peak_memory, trim
 from secateur.plan import Plan, make_plan
 from secateur.probe import TOLERANCE, answer, difference, digest, probe_batches, vocabulary
-from secateur.prune import Job, LayerReport, Progress, Report, no_cache, no_progress, run
+from secateur.prune import Job, LayerReport, Progress, Report, no_progress, run
 from secateur.recipe import Recipe
 from secateur.stream.observe import make_observable
 from secateur.stream.source import Source

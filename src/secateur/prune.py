@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from secateur.data import Batch, Data, call, from_iterable
 from secateur.errors import SecateurError
+from secateur.forward import default_loss, no_cache
 from secateur.memory import trim
 from secateur.plan import Plan, Setting, allocated, make_plan, needs_scores, undivided, with_sparsities
 from secateur.recipe import Recipe
@@ -413,36 +414,6 @@ def _gradients(job: Job) -> Mapping[str, Derivatives]:
     return found
 
 
-def default_loss(model: nn.Module) -> Loss:
-    """The model's own, on batches with labels; language models that write text take their inputs as labels, shifted
-    by one. Raises SecateurError for models that take none.
-    """
-    if "labels" not in inspect.signature(model.forward).parameters:
-        raise SecateurError(
-            f"this criterion needs the loss of {type(model).__name__}, which takes no labels: "
-            "give prune_ a loss function, loss(model, batch) -> scalar"
-        )
-
-    kind = type(model).__name__
-    decodes = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-    writes = decodes or any(part in kind for part in ("CausalLM", "LMHead", "ForConditionalGeneration"))
-    lacking = f"this criterion needs the loss of {kind}: give batches with labels, or prune_ a loss function"
-
-    def loss(model: nn.Module, batch: Batch) -> Tensor:
-        if "labels" not in batch and "input_ids" in batch:
-            if not writes:
-                raise SecateurError(lacking)
-            labels = batch.get("decoder_input_ids", batch["input_ids"])
-            # without decoder inputs an encoder-decoder makes them of the labels, one place to the right
-            batch = {key: value for key, value in batch.items() if key != "decoder_input_ids"} | {"labels": labels}
-        value = call(model, batch, **no_cache(model)).loss
-        if value is None:
-            raise SecateurError(lacking)
-        return value
-
-    return loss
-
-
 def _summaries(job: Job, gradients: Mapping[str, Derivatives]) -> list[Summary]:
     """A first pass over the dense model for allocations that compare layers."""
     plan = job.plan
@@ -476,11 +447,6 @@ def _shape_summary(job: Job, setting: Setting) -> Summary:
     shape = tuple(job.model.get_parameter(setting.layer.parameter).shape)
     shape = shape if setting.layer.index is None else shape[1:]
     return Summary(setting.layer.name, shape, setting.block)
-
-
-def no_cache(model: nn.Module) -> dict[str, bool]:
-    """use_cache=False where the model's forward knows the word."""
-    return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
 
 
 class _timed:

@@ -402,7 +402,9 @@ def tied_weights():
 
 @net
 def weight_normalization():
-    return nn.Sequential(weight_norm(nn.Linear(10, 20)), nn.ReLU(), nn.Linear(20, 12), nn.ReLU(), nn.Linear(12, 3)), rows()
+    return nn.Sequential(
+        weight_norm(nn.Linear(10, 20)), nn.ReLU(), nn.Linear(20, 12), nn.ReLU(), nn.Linear(12, 3)
+    ), rows()
 
 
 @net

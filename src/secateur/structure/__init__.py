@@ -1,6 +1,9 @@
 """Structure that is physically removed: channels, neurons, heads, hidden width, experts, whole blocks."""
 
+from secateur.structure.apply import apply_
 from secateur.structure.coupling import Coupling, Slice
 from secateur.structure.couplings import Couplings, trace
+from secateur.structure.importance import importance
+from secateur.structure.plan import Plan, plan
 
-__all__ = ["Coupling", "Couplings", "Slice", "trace"]
+__all__ = ["Coupling", "Couplings", "Plan", "Slice", "apply_", "importance", "plan", "trace"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -89,7 +90,7 @@ def find_couplings(facts: Facts, parameters: set[str]) -> list[Coupling]:
     while True:
         layout = _layout(facts, parameters)
         links = _Links(layout)
-        if all([links.balance(facts, parts) for parts in _constraints(facts)]):
+        if all(links.balance(facts, parts) for parts in _constraints(facts)):
             return _couplings(facts, layout, links)
 
 
@@ -108,7 +109,7 @@ def _layout(facts: Facts, parameters: set[str]) -> _Layout:
     marks, inverse = np.unique(signature[roots], return_inverse=True)
     order = np.argsort(inverse, kind="stable")
     bounds = np.searchsorted(inverse[order], np.arange(len(marks) + 1))
-    members = [roots[order[a:b]] for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    members = [roots[order[a:b]] for a, b in itertools.pairwise(bounds)]
     members.sort(key=lambda group: first[group[0]])
     unit, owner = np.full(top, -1), np.full(top, -1)
     for number, group in enumerate(members):

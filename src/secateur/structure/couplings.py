@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from secateur.stream.blocks import find_blocks
 from secateur.structure.attention import replace_
 from secateur.structure.coupling import Coupling
+from secateur.structure.kinds import named
 from secateur.structure.rehearsal import rehearsed
 from secateur.structure.trace import Facts, follow, tensors_of
 
@@ -51,16 +54,25 @@ def trace(model: nn.Module, example_inputs: Inputs) -> Couplings:
     Raises SecateurError when the model does not run on the inputs. The model is left as it was.
     """
     run = runner(model, example_inputs)
+    with evaluating(model):
+        undo = replace_(model)
+        try:
+            facts = follow(model, run)
+            parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+            found = named(rehearsed(model, facts, parameters, run), tensors_of(model), list(find_blocks(model)))
+            return Couplings(model, found, _protected(model, facts), facts, example_inputs)
+        finally:
+            undo()
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """In eval mode; every module is in its own mode again afterwards."""
     training = [(module, module.training) for module in model.modules()]
     model.eval()
-    undo = replace_(model)
     try:
-        facts = follow(model, run)
-        parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-        found = rehearsed(model, facts, parameters, run)
-        return Couplings(model, found, _protected(model, facts), facts, example_inputs)
+        yield
     finally:
-        undo()
         for module, mode in training:
             module.training = mode
 

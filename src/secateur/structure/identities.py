@@ -119,7 +119,7 @@ class Identities:
             a, b = todo.pop()
             if a is None or b is None:
                 for dim in (a, b):
-                    self.protect(dim, "tied to a dimension that is no parameter's (batch, sequence, space)")
+                    self.protect(dim, "tied to data: an input, the batch, the sequence or space")
                 continue
             a, b = self.find(a), self.find(b)
             if np.array_equal(a, b):
@@ -261,6 +261,6 @@ def concatenated(ids: Identities, dims: Sequence[Dim], sizes: Sequence[int]) -> 
     for dim, size in zip(dims, sizes, strict=True):
         if dim is None:
             dim = ids.new(size)
-            ids.protect(dim, "tied to a dimension that is no parameter's (batch, sequence, space)")
+            ids.protect(dim, "tied to data: an input, the batch, the sequence or space")
         parts.append(dim)
     return np.concatenate(parts)

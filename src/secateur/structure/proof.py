@@ -155,7 +155,7 @@ def _restricted_norm(func: Any, args: Any, kwargs: Any, kept: Mapping[int, Tenso
 def run_listening(model: nn.Module, run: Callable[[], Any]) -> tuple[list[Tensor], Numbers]:
     """The outputs of a run, and its numbers."""
     listen = Listen()
-    with plainly(), located(model, listen), listen:
+    with plainly(), located(model, listen.where), listen:
         output = run()
     return _real(output), listen.numbers
 
@@ -216,7 +216,7 @@ def masked_outputs(
     undo = mask_(model, cut)
     try:
         masked = Masked(model, facts, alive)
-        with plainly(), located(model, masked), masked:
+        with plainly(), located(model, masked.where), masked:
             output = run()
         return _real(output), masked.restricted
     finally:

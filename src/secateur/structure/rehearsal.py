@@ -28,15 +28,8 @@ COARSE = 0.1  # of 16-bit types
 
 def rehearsed(model: nn.Module, facts: Facts, parameters: set[str], run: Callable[[], Any]) -> list[Coupling]:
     """The couplings of which some units were cut with the right result. The others get protected in `facts`."""
-    with contextlib.ExitStack() as stack:
-        dtype = stack.enter_context(enlarged(model))
-        try:
-            reference = run_listening(model, run)[1]
-        except (RuntimeError, TypeError, ValueError):  # some code insists on the dtype of its weights
-            stack.pop_all().close()
-            dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-            reference = run_listening(model, run)[1]
-        stage = _Stage(model, facts, run, reference, TOLERANCE.get(dtype, COARSE))
+    with compared(model, run) as (reference, tolerance):
+        stage = _Stage(model, facts, run, reference, tolerance)
         while True:
             found = [c for c in find_couplings(facts, parameters) if _can_lose(facts, c)]
             if failed := stage.failures(found):
@@ -46,6 +39,20 @@ def rehearsed(model: nn.Module, facts: Facts, parameters: set[str], run: Callabl
                 facts.equal_parts.append([coupling.roots for coupling in together])
             else:
                 return found
+
+
+@contextlib.contextmanager
+def compared(model: nn.Module, run: Callable[[], Any]) -> Iterator[tuple[Numbers, float]]:
+    """The numbers of a run of the whole model, and how far apart outputs may be: in float64 where that is possible."""
+    with contextlib.ExitStack() as stack:
+        dtype = stack.enter_context(enlarged(model))
+        try:
+            reference = run_listening(model, run)[1]
+        except (RuntimeError, TypeError, ValueError):  # some code insists on the dtype of its weights
+            stack.pop_all().close()
+            dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+            reference = run_listening(model, run)[1]
+        yield reference, TOLERANCE.get(dtype, COARSE)
 
 
 def _can_lose(facts: Facts, coupling: Coupling) -> bool:

@@ -7,6 +7,7 @@ the rule, or choose one that is there, and add a row; tests/structure/test_rules
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,19 @@ class Seen:
         return len(self.shape)
 
 
+@dataclass(frozen=True)
+class Work:
+    """Multiply-accumulates: a constant times the sizes of dimensions."""
+
+    constant: int
+    dims: tuple[Dim, ...]
+
+    @staticmethod
+    def over(*sizes: tuple[int, Dim]) -> Work:
+        """The product of sizes, each with its dimension."""
+        return Work(math.prod(n for n, dim in sizes if dim is None), tuple(d for _, d in sizes if d is not None))
+
+
 @dataclass
 class Call:
     """A call of an operator: operands with tensors as `Seen`, and the shapes of its outputs."""
@@ -41,6 +55,7 @@ class Call:
     equal_parts: list[list[Dim]]  # parts of which equally many indices have to stay
     reductions: list[Dim]  # dimensions over which a mean or a norm is taken
     sizes: dict[str, Dim]  # integers among the arguments that count the indices of a dimension
+    work: list[Work]  # multiplications, as products of sizes
 
     def arg(self, name: str, default: Any = None) -> Any:
         """An argument by its name in the operator's schema; the default where it was not given."""
@@ -361,6 +376,8 @@ def matmul(call: Call) -> list[Dims]:
     """[.., n, k] @ [.., k, m], and addmm's and baddbmm's bias in front."""
     operands = call.operands
     a, b = operands[-2:]
+    sizes = list(zip(a.shape, a.dims, strict=True))
+    call.work.append(Work.over(*sizes, *([(b.shape[-1], b.dims[-1])] if b.ndim > 1 else [])))
     call.ids.same(a.dims[-1], b.dims[-2] if b.ndim > 1 else b.dims[-1])
     if a.ndim == 3 and b.ndim == 3:
         call.ids.same(a.dims[0], b.dims[0])
@@ -376,6 +393,7 @@ def matmul(call: Call) -> list[Dims]:
 
 def linear(call: Call) -> list[Dims]:
     x, weight, bias = call.args[0], call.args[1], call.arg("bias")
+    call.work.append(Work.over(*zip(x.shape, x.dims, strict=True), (weight.shape[0], weight.dims[0])))
     call.ids.same(x.dims[-1], weight.dims[1])
     if bias is not None:
         call.ids.same(weight.dims[0], bias.dims[0])
@@ -387,6 +405,9 @@ def convolution(call: Call) -> list[Dims]:
     transposed, groups = bool(call.args[6]), int(call.args[8])
     call.protect(weight.dims[2:], "the window of a convolution")
     call.protect(x.dims[2:], "space of a convolution")
+    places = call.outputs[0] if not transposed else x.shape
+    constant = math.prod((places[0], *places[2:]))
+    call.work.append(Work.over((constant, None), *zip(weight.shape, weight.dims, strict=True)))
     if groups == 1:
         call.ids.same(x.dims[1], weight.dims[0 if transposed else 1])
         out = weight.dims[1 if transposed else 0]
@@ -416,6 +437,8 @@ def _grouped(call: Call, x: Seen, weight: Seen, groups: int, transposed: bool) -
 def attention(call: Call) -> list[Dims]:
     """softmax(q k') v: [batch, heads, tokens, head size]."""
     q, k, v = call.args[:3]
+    both = [*zip(q.shape[:3], q.dims[:3], strict=True), (k.shape[2], None)]
+    call.work += [Work.over(*both, (q.shape[3], q.dims[3])), Work.over(*both, (v.shape[3], v.dims[3]))]
     for one, other in ((q, k), (q, v)):
         call.ids.same(one.dims[0], other.dims[0])
     call.ids.same(k.dims[1], v.dims[1])
@@ -450,6 +473,7 @@ def trilinear(call: Call) -> list[Dims]:
 def grouped_matmul(call: Call) -> list[Dims]:
     """Rows [tokens, k], sorted by group, times the group's matrix [groups, k, m]."""
     x, weight = call.args[0], call.args[1]
+    call.work.append(Work.over(*zip(x.shape, x.dims, strict=True), (weight.shape[-1], weight.dims[-1])))
     call.ids.same(x.dims[-1], weight.dims[-2])
     if weight.ndim == 3:
         call.protect([weight.dims[0]], "groups are looked up by number")
@@ -671,7 +695,7 @@ def placed(call: Call) -> list[Dims]:
 
 
 def _rows(rule: Rule, names: str) -> dict[str, Rule]:
-    return {name: rule for name in names.split()}
+    return dict.fromkeys(names.split(), rule)
 
 
 RULES: dict[str, Rule] = {
@@ -702,8 +726,13 @@ RULES: dict[str, Rule] = {
     **_rows(unary, "alias detach detach_ clone contiguous _to_copy to lift_fresh lift view_as dropout tril triu"),
     **_rows(unary, "native_dropout resolve_conj resolve_neg _conj zeros_like ones_like full_like empty_like rand_like"),
     **_rows(unary, "randn_like fill_ zero_ normal_ uniform_ bernoulli_ exponential_ _assert_async nan_to_num"),
-    **_rows(elementwise, "copy_ copy masked_fill masked_fill_ where lerp addcmul addcdiv rsub bernoulli clamp floor_divide"),
-    **_rows(elementwise, "polar log_sigmoid_forward hardswish hardswish_ _prelu_kernel rrelu_with_noise complex"),
+    **_rows(
+        elementwise, "copy_ copy masked_fill masked_fill_ where lerp addcmul addcdiv rsub bernoulli clamp floor_divide"
+    ),
+    **_rows(
+        elementwise,
+        "floor_divide polar log_sigmoid_forward hardswish hardswish_ _prelu_kernel rrelu_with_noise complex",
+    ),
     **_rows(matmul, "mm bmm addmm baddbmm mv addmv dot"),
     **_rows(linear, "linear"),
     **_rows(trilinear, "_trilinear"),
@@ -722,10 +751,15 @@ RULES: dict[str, Rule] = {
     **_rows(reduction, "sum mean var std var_mean std_mean"),
     **_rows(extreme, "aminmax amax amin max min argmax argmin prod any all logsumexp median"),
     **_rows(norm, "norm linalg_vector_norm"),
-    **_rows(chained, "_safe_softmax _softmax _log_softmax softmax cumsum cumprod topk sort kthvalue cummax cummin logcumsumexp"),
+    **_rows(
+        chained,
+        "_safe_softmax _softmax _log_softmax softmax cumsum cumprod topk sort kthvalue cummax cummin logcumsumexp",
+    ),
     **_rows(spatial, "avg_pool1d avg_pool2d _adaptive_avg_pool2d adaptive_avg_pool1d max_pool2d_with_indices"),
     **_rows(spatial, "adaptive_max_pool2d max_pool1d_with_indices avg_pool3d max_pool3d_with_indices"),
-    **_rows(spatial, "_adaptive_avg_pool3d upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_bilinear2d"),
+    **_rows(
+        spatial, "_adaptive_avg_pool3d upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_bilinear2d"
+    ),
     **_rows(spatial, "upsample_bicubic2d upsample_linear1d upsample_trilinear3d _upsample_bilinear2d_aa"),
     **_rows(spatial, "_upsample_bicubic2d_aa _upsample_nearest_exact2d _upsample_nearest_exact1d max_pool1d"),
     **_rows(embedding, "embedding"),

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -153,7 +152,9 @@ def _attribute(key: Key, value: int) -> Size:
 class Uses(TorchFunctionMode):
     """Records where a remembered integer shapes a tensor. groups: what the rule of a convolution found out last."""
 
-    def __init__(self, dims_of: Callable[[Tensor], list[Dim]], where: Callable[[], str], groups: dict[str, Dim]) -> None:
+    def __init__(
+        self, dims_of: Callable[[Tensor], list[Dim]], where: Callable[[], str], groups: dict[str, Dim]
+    ) -> None:
         super().__init__()
         self.found: list[Use] = []
         self._dims_of, self._where, self.groups = dims_of, where, groups
@@ -248,7 +249,9 @@ READERS: dict[str, Callable[[Uses, Any, Any, Any], None]] = {
     **dict.fromkeys(("split", "split_with_sizes"), _split),
     "narrow": _narrow,
     "__getitem__": _item,
-    **dict.fromkeys(("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _groups),
+    **dict.fromkeys(
+        ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _groups
+    ),
     **dict.fromkeys(("layer_norm", "rms_norm"), _norm_shape),
 }
 

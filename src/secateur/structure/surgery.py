@@ -78,7 +78,12 @@ def cut_(model: nn.Module, cut: Cut, answer: int = 0) -> Callable[[], None]:
     for (number, name, place), value in cut.attributes[answer].items():
         undo.append(_set(vars(holders[number][1]), name, place, value))
     undo += _mirrors(model)
-    return lambda: [step() for step in reversed(undo)] and None
+    return lambda: _all(undo)
+
+
+def _all(undo: list[Callable[[], None]]) -> None:
+    for step in reversed(undo):
+        step()
 
 
 def narrowed(tensor: Tensor, kept: Mapping[int, Keep]) -> Tensor:
@@ -161,4 +166,4 @@ def mask_(model: nn.Module, cut: Cut) -> Callable[[], None]:
             gone[torch.from_numpy(indices).to(before.device)] = False
             masked.index_fill_(dim, gone.nonzero()[:, 0], 0)
         tensor.data = masked
-    return lambda: [step() for step in reversed(undo)] and None
+    return lambda: _all(undo)

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from secateur.structure.identities import Dim, Identities
-from secateur.structure.rules import RULES, Call, Dims, Seen, elementwise, unknown
+from secateur.structure.rules import RULES, Call, Dims, Seen, Work, elementwise, unknown
 from secateur.structure.sizes import Use, Uses, remembered
 
 
@@ -31,6 +31,7 @@ class Facts:
     reductions: list[tuple[Dim, str]] = field(default_factory=list)  # and the module that does it
     unknown: dict[str, str] = field(default_factory=dict)  # operator -> module where it was seen first
     uses: list[Use] = field(default_factory=list)
+    work: list[Work] = field(default_factory=list)
     operators: int = 0
 
 
@@ -92,7 +93,10 @@ class Watch(TorchDispatchMode):
         named = dict(zip((argument.name for argument in func._schema.arguments), seen[0], strict=False)) | seen[1]
         shapes = [tuple(result.shape) for result in results]
         reductions: list[Dim] = []
-        call = Call(self.facts.ids, f"aten.{name}", seen[0], named, shapes, self.facts.equal_parts, reductions, self.groups)
+        facts = self.facts
+        call = Call(
+            facts.ids, f"aten.{name}", seen[0], named, shapes, facts.equal_parts, reductions, self.groups, facts.work
+        )
         found = rule(call)
         self.facts.reductions += [(dim, where) for dim in reductions if dim is not None]
         for result, dims in zip(results, found, strict=True):
@@ -118,15 +122,15 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 @contextlib.contextmanager
-def located(model: nn.Module, watch: Watch) -> Iterator[None]:
-    """Tell the watch which module is at work."""
+def located(model: nn.Module, where: list[str]) -> Iterator[None]:
+    """Keep the names of the modules that are at work, the innermost last."""
     names = {module: name for name, module in model.named_modules()}
 
     def enter(module: nn.Module, args: Any) -> None:
-        watch.where.append(names.get(module, watch.where[-1] if watch.where else ""))
+        where.append(names.get(module, where[-1] if where else ""))
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
-        watch.where.pop()
+        where.pop()
 
     hooks = torch.nn.modules.module
     handles = [hooks.register_module_forward_pre_hook(enter), hooks.register_module_forward_hook(leave)]
@@ -135,7 +139,7 @@ def located(model: nn.Module, watch: Watch) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-        watch.where.clear()
+        where.clear()
 
 
 @contextlib.contextmanager
@@ -155,7 +159,7 @@ def follow(model: nn.Module, run: Callable[[], Any]) -> Facts:
     facts = Facts()
     watch = Watch(model, facts)
     uses = Uses(watch.dims_of, lambda: watch.where[-1] if watch.where else "", watch.groups)
-    with plainly(), located(model, watch), remembered(model), uses, watch:
+    with plainly(), located(model, watch.where), remembered(model), uses, watch:
         output = run()
     facts.uses = uses.found
     for tensor in outputs_of(output):

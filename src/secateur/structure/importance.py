@@ -1,0 +1,248 @@
+"""How important is each unit of a coupling? A criterion scores the elements that units own; a reduction sums them up.
+
+Add one: write a function of a `Part` that returns scores [units, elements], or None for slices that it does not look at,
+add a line to CRITERIA with what it reads, and a row to the table in tests/structure/test_importance.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from secateur.errors import SecateurError
+from secateur.structure.activations import Moments, activations
+from secateur.structure.coupling import Coupling, Slice
+from secateur.structure.couplings import Couplings
+from secateur.structure.trace import tensors_of
+from secateur.weights.gradients import Loss, derivatives
+
+
+@dataclass(frozen=True)
+class Part:
+    """One slice of a coupling, by unit. units: [units, elements]; so are gradient and fisher (E[g], E[g^2]).
+
+    inputs: what the units' indices of this dimension were multiplied with, [units, indices] each; None where the
+    dimension is not one that is multiplied with activations.
+    """
+
+    name: str
+    units: Tensor
+    gradient: Tensor | None
+    fisher: Tensor | None
+    inputs: Moments | None
+    bare: bool  # a vector: a bias or the weight of a norm
+    seed: int
+
+
+Score = Callable[[Part], Tensor | None]
+
+
+def magnitude(part: Part) -> Tensor | None:
+    """|w|. Reduced by the root of the sum of squares it is the norm of the unit's weights. Li et al. 2017."""
+    return part.units.abs()
+
+
+def taylor(part: Part) -> Tensor | None:
+    """|w g|: first-order change of the loss, element-wise. LLM-Pruner, Ma et al. 2023, arXiv:2305.11627, eq. 5."""
+    assert part.gradient is not None
+    return (part.units * part.gradient).abs()
+
+
+def taylor2(part: Part) -> Tensor | None:
+    """|w g - w^2 F / 2|: with a second-order term, the Hessian's diagonal taken as E[g^2]. LLM-Pruner, eq. 5 and 6."""
+    assert part.gradient is not None
+    assert part.fisher is not None
+    return (part.units * part.gradient - part.units.square() * part.fisher / 2).abs()
+
+
+def fisher(part: Part) -> Tensor | None:
+    """w^2 F / 2: the second-order change alone, at a minimum of the loss. Theis et al. 2018; LeCun et al. 1989."""
+    assert part.fisher is not None
+    return part.units.square() * part.fisher / 2
+
+
+def activation(part: Part) -> Tensor | None:
+    """mean |x| of what the next layers read of a unit. Minitron, Muralidharan et al. 2024, arXiv:2407.14679, sec. 2.2."""
+    return None if part.inputs is None else part.inputs.mean_abs
+
+
+def fluctuation(part: Part) -> Tensor | None:
+    """Var(x) ||w||^2: how much what is read of a unit fluctuates; the mean could go to a bias. FLAP, An et al. 2023,
+    arXiv:2312.11983, eq. 4.
+    """
+    if part.inputs is None:
+        return None
+    columns = part.units.unflatten(1, (part.inputs.variance.shape[1], -1)).square().sum(-1)  # [units, indices]
+    return part.inputs.variance * columns
+
+
+def wanda(part: Part) -> Tensor | None:
+    """|w| ||x||: Sun et al. 2023, arXiv:2306.11695, eq. 1, over the weights that read a unit."""
+    if part.inputs is None:
+        return None
+    weights = part.units.unflatten(1, (part.inputs.variance.shape[1], -1))  # [units, indices, elements]
+    return (weights.abs() * part.inputs.norm.unsqueeze(-1)).flatten(1)
+
+
+def norm_scale(part: Part) -> Tensor | None:
+    """|gamma| of the norms that a unit passes. Network slimming, Liu et al. 2017, arXiv:1708.06519."""
+    return part.units.abs() if part.bare and part.name.endswith("weight") else None
+
+
+def random(part: Part) -> Tensor | None:
+    """Uniform noise: the baseline that every criterion has to beat."""
+    generator = torch.Generator().manual_seed(part.seed)
+    return torch.rand(len(part.units), 1, generator=generator)
+
+
+class Criterion(NamedTuple):
+    """A score, what it reads ("gradient", "fisher", "inputs"), and how elements become a unit's score."""
+
+    score: Score
+    needs: frozenset[str]
+    reduce: str
+    about: str
+
+
+CRITERIA: dict[str, Criterion] = {
+    "magnitude": Criterion(magnitude, frozenset(), "l2", "norm of the weights of a unit"),
+    "taylor": Criterion(taylor, frozenset({"gradient"}), "sum", "weight times gradient of the loss"),
+    "taylor2": Criterion(taylor2, frozenset({"gradient", "fisher"}), "sum", "taylor with a second-order term"),
+    "fisher": Criterion(fisher, frozenset({"fisher"}), "sum", "weight squared times squared gradient"),
+    "activation": Criterion(activation, frozenset({"inputs"}), "mean", "mean absolute activation"),
+    "flap": Criterion(fluctuation, frozenset({"inputs"}), "sum", "fluctuation of the activation"),
+    "wanda": Criterion(wanda, frozenset({"inputs"}), "sum", "weight times norm of its input"),
+    "norm-scale": Criterion(norm_scale, frozenset(), "sum", "scale of the norm that a unit passes"),
+    "random": Criterion(random, frozenset(), "sum", "no information: the baseline"),
+}
+REDUCTIONS = ("sum", "mean", "l2", "max")
+
+
+def importance(
+    couplings: Couplings,
+    criterion: str = "magnitude",
+    *,
+    batches: Sequence[Any] = (),
+    loss: Loss | None = None,
+    reduce: str | None = None,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Coupling -> scores [units], each coupling's divided by its mean so that layers compare; low goes first.
+
+    batches: what the model is called with, for criteria that read data. loss(model, batch) -> scalar, for gradients.
+    reduce: how a unit's elements are put together: sum, mean, l2, max; by default what the criterion's paper does.
+
+    Raises SecateurError for unknown names and missing data. A coupling that the criterion has nothing to say of (no norm
+    with a scale, nothing that reads it) is not among the scores.
+    """
+    if criterion not in CRITERIA:
+        raise SecateurError(f"unknown criterion {criterion!r}; known for structure: {', '.join(CRITERIA)}")
+    how = CRITERIA[criterion]
+    if reduce is not None and reduce not in REDUCTIONS:
+        raise SecateurError(f"unknown reduction {reduce!r}; known: {', '.join(REDUCTIONS)}")
+    if how.needs and not batches:
+        raise SecateurError(f"the criterion {criterion} reads data, and there is none: give batches")
+    seen = _seen(couplings, how.needs, batches, loss)
+    scores = {}
+    for number, coupling in enumerate(couplings):
+        found = _score(coupling, how, reduce or how.reduce, seen, seed * 1000003 + number)
+        if found is not None:
+            scores[coupling.name] = found
+    return scores
+
+
+@dataclass(frozen=True)
+class _Seen:
+    tensors: Mapping[str, Tensor]
+    gradient: Mapping[str, Tensor]
+    fisher: Mapping[str, Tensor]
+    inputs: Mapping[tuple[str, int], Moments]
+
+
+def _seen(couplings: Couplings, needs: frozenset[str], batches: Sequence[Any], loss: Loss | None) -> _Seen:
+    model = couplings.model
+    tensors = tensors_of(model)
+    gradient: dict[str, Tensor] = {}
+    squares: dict[str, Tensor] = {}
+    if needs & {"gradient", "fisher"}:
+        if loss is None:
+            raise SecateurError("this criterion needs a loss: give loss(model, batch) -> scalar")
+        trained = dict(model.named_parameters())
+        names = [name for name in dict.fromkeys(p.parameter for c in couplings for p in c.slices) if name in trained]
+        for name, found in derivatives(model, names, batches, loss, needs, 0, 0).items():
+            count = max(found.samples, 1)
+            if found.gradient is not None:
+                gradient[name] = found.gradient / count
+            if found.squares is not None:
+                squares[name] = found.squares / count
+    inputs = activations(couplings, batches) if "inputs" in needs else {}
+    return _Seen(tensors, gradient, squares, inputs)
+
+
+def _score(coupling: Coupling, how: Criterion, reduce: str, seen: _Seen, seed: int) -> Tensor | None:
+    total = torch.zeros(coupling.size, dtype=torch.float64)
+    count = torch.zeros(coupling.size, dtype=torch.float64)
+    done: set[tuple[int, int, int]] = set()
+    for part in coupling.slices:
+        tensor = seen.tensors[part.parameter]
+        key = (tensor.data_ptr(), part.dim, part.start)
+        if not isinstance(tensor, nn.Parameter) or (key in done and tensor.device.type != "meta"):
+            continue
+        done.add(key)  # a tied parameter counts once
+        found = how.score(_part(part, tensor, seen, seed + len(done)))
+        if found is None:
+            continue
+        where = slice(part.start, part.start + len(part.indices))
+        values = found.double().cpu()
+        if reduce == "max":
+            total[where] = torch.maximum(total[where], values.amax(1))
+        else:
+            total[where] += values.square().sum(1) if reduce == "l2" else values.sum(1)
+        count[where] += values.shape[1]
+    if not bool(count.all()):
+        return None
+    total = total.sqrt() if reduce == "l2" else total / count if reduce == "mean" else total
+    return total / _mean(total)
+
+
+def _mean(scores: Tensor) -> float:
+    mean = float(scores.mean())
+    return mean if mean > 0 and math.isfinite(mean) else 1.0
+
+
+def _part(part: Slice, tensor: Tensor, seen: _Seen, seed: int) -> Part:
+    indices = torch.from_numpy(part.indices)
+    units, per = part.indices.shape
+
+    def rows(values: Tensor | None) -> Tensor | None:
+        if values is None:
+            return None
+        picked = values.detach().movedim(part.dim, 0)[indices.reshape(-1).to(values.device)]
+        return picked.float().reshape(units, -1)
+
+    moments = seen.inputs.get((part.parameter, part.dim))
+    weight = rows(tensor)
+    assert weight is not None
+    return Part(
+        part.parameter,
+        weight,
+        rows(seen.gradient.get(part.parameter)),
+        rows(seen.fisher.get(part.parameter)),
+        None if moments is None else moments.at(indices),
+        tensor.ndim == 1,
+        seed,
+    )
+
+
+def from_scores(couplings: Iterable[Coupling], scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Scores of the user's own, checked. Raises SecateurError where they do not fit."""
+    known = {coupling.name: coupling.size for coupling in couplings}
+    for name, values in scores.items():
+        if name not in known or values.shape != (known[name],):
+            raise SecateurError(f"scores for {name}: expected one for each of {known.get(name, 'no')} units")
+    return dict(scores)

@@ -1,0 +1,350 @@
+"""A plan of removal: a frozen value that says what goes, what stays and why, and that JSON can hold."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from secateur.errors import SecateurError
+from secateur.structure.attention import replace_
+from secateur.structure.budget import Costs
+from secateur.structure.coupling import Coupling, Ints
+from secateur.structure.couplings import Couplings, Inputs, evaluating, runner
+from secateur.structure.importance import importance
+from secateur.structure.proof import Wrong
+from secateur.structure.rehearsal import check_removal, compared
+from secateur.structure.selection import LEAST, NOT_BY_DEFAULT, by_budget, by_ratio, candidates, check_patterns, matches
+from secateur.structure.sizes import Clash, owners
+from secateur.structure.surgery import cut_of, dead_of, mask_
+from secateur.structure.trace import tensors_of
+from secateur.weights.gradients import Loss
+
+VERSION = 1
+Ranges = tuple[tuple[int, int], ...]
+ALLOCATIONS = ("uniform", "global")
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """What happens to one parameter or buffer. kept: dimension -> ranges of indices that stay."""
+
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    kept: Mapping[int, Ranges]
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """An integer of a module or config that counts what was cut. place: in a tuple; -1 where it is none."""
+
+    owner: str
+    name: str
+    place: int
+    before: int
+    after: int
+
+
+@dataclass(frozen=True)
+class Removal:
+    """What a coupling loses. kept: ranges of its units that stay; why: for one that loses nothing, the reason."""
+
+    coupling: str
+    kind: str
+    size: int
+    kept: Ranges
+    exact: bool
+    why: str = ""
+
+    @property
+    def left(self) -> int:
+        """How many units stay."""
+        return sum(stop - start for start, stop in self.kept)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What goes, what stays, and what was promised and seen.
+
+    promise: "removed == masked", or "recomputed" where a norm or mean runs over fewer elements: then the cut model equals
+    the masked one whose norms run over what remains. difference: of the two, relative to the largest output.
+    """
+
+    model: str
+    tensors: Mapping[str, Tensors]
+    attributes: tuple[Attribute, ...]
+    removals: tuple[Removal, ...]
+    protected: Mapping[str, str]
+    promise: str
+    difference: float
+    before: Mapping[str, int]
+    after: Mapping[str, int]
+    inputs: Any
+    version: int = VERSION
+
+    def explain(self) -> str:
+        """The plan for people: what goes from where, what it saves, and why the rest stays."""
+        lines = [f"{self.model}: {self.promise}, difference {self.difference:.1e}"]
+        for name in self.before:
+            share = self.after[name] / max(self.before[name], 1)
+            lines.append(f"  {name:7s} {self.before[name]:>16,} -> {self.after[name]:>16,}  ({share:.1%} remain)")
+        width = max((len(removal.coupling) for removal in self.removals), default=0)
+        for removal in self.removals:
+            note = "" if removal.exact else "  (a norm or mean runs over them)"
+            cut = f"{removal.size} -> {removal.left}" if removal.left < removal.size else f"{removal.size} kept"
+            lines.append(f"  {removal.coupling:{width}s}  {cut}{note}{': ' + removal.why if removal.why else ''}")
+        lines += [f"  {name}: protected, {why}" for name, why in self.protected.items()]
+        return "\n".join(lines)
+
+    def to_json(self) -> dict[str, Any]:
+        """A dict that JSON can hold, and `from_json` reads."""
+        return asdict(self)
+
+    @staticmethod
+    def from_json(values: Mapping[str, Any]) -> Plan:
+        """The plan that `to_json` wrote. Raises SecateurError when it is none."""
+        try:
+            if values["version"] != VERSION:
+                raise SecateurError(f"this plan has version {values['version']}; this secateur reads version {VERSION}")
+            tensors = {
+                name: Tensors(
+                    tuple(t["before"]), tuple(t["after"]), {int(d): _ranges_of(r) for d, r in t["kept"].items()}
+                )
+                for name, t in values["tensors"].items()
+            }
+            attributes = tuple(Attribute(**a) for a in values["attributes"])
+            removals = tuple(Removal(**{**r, "kept": _ranges_of(r["kept"])}) for r in values["removals"])
+            rest = {key: values[key] for key in ("model", "protected", "promise", "difference", "before", "after")}
+            return Plan(**rest, tensors=tensors, attributes=attributes, removals=removals, inputs=values["inputs"])
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise SecateurError(f"this is no plan of secateur: {type(error).__name__} {error}") from None
+
+    def __str__(self) -> str:
+        return self.explain()
+
+
+def plan(
+    couplings: Couplings,
+    *,
+    remove: Mapping[str, float] | None = None,
+    target: Mapping[str, float] | None = None,
+    criterion: str = "magnitude",
+    batches: Sequence[Any] = (),
+    loss: Loss | None = None,
+    scores: Mapping[str, Tensor] | None = None,
+    reduce: str | None = None,
+    allocation: str = "uniform",
+    include: Sequence[str] = (),
+    protect: Sequence[str] = (),
+    multiple: int | None = None,
+    least: float = LEAST,
+    steps: int = 1,
+    seed: int = 0,
+) -> Plan:
+    """Choose what goes, and prove that it can. Nothing changes yet.
+
+    remove: kind or glob -> the share of units that goes (or their number, where it is 1 or more), such as
+    {"ffn": 0.3, "heads": 0.25}. target instead: what may remain at most, {"macs": 0.5} or {"bytes": 200e6}.
+    criterion, batches, loss, reduce: see `importance`; or scores of your own, coupling -> [units].
+    allocation: of a target: the same share from every coupling ("uniform") or the least important units of all ("global").
+    include, protect: kinds or globs that a target takes from, or that nothing is taken from.
+    multiple: widths are rounded to it (by default 64, 8 for channels, less for narrow ones). least: share that stays.
+    steps: repeat the choice on the masked model, a part of the way each time, so that scores follow what is gone.
+
+    Raises SecateurError before anything is computed where the request makes no sense, and when the target is out of reach
+    or the cut model does not compute what the masked one does.
+    """
+    if (remove is None) == (target is None):
+        raise SecateurError("say either what to remove ({'ffn': 0.3}) or what may remain (target={'macs': 0.5})")
+    if allocation not in ALLOCATIONS:
+        raise SecateurError(f"unknown allocation {allocation!r}; known for structure: {', '.join(ALLOCATIONS)}")
+    _check_shares(remove or {}, target or {})
+    check_patterns(couplings, [*(remove or {}), *include, *protect])
+
+    def chosen(coupling: Coupling) -> bool:
+        if any(matches(coupling, pattern) for pattern in protect):
+            return False
+        if remove is not None:
+            return any(matches(coupling, pattern) for pattern in remove)
+        if include:
+            return any(matches(coupling, pattern) for pattern in include)
+        return coupling.exact and coupling.kind not in NOT_BY_DEFAULT
+
+    removed: dict[int, Ints] = {}
+    costs = Costs(couplings)
+    for step in range(1, steps + 1):
+        found = scores or _scores(couplings, removed, criterion, batches, loss, reduce, seed)
+        able = candidates(couplings, _gone_first(couplings, found, removed), chosen, multiple, least)
+        if remove is not None:
+            removed = by_ratio(able, {key: _part(value, step, steps) for key, value in remove.items()})
+        else:
+            assert target is not None
+            whole = costs.of({})
+            shares = {key: value if value <= 1 else value / whole.get(key, 1) for key, value in target.items()}
+            part = {key: 1 - (1 - value) * step / steps for key, value in shares.items()}
+            removed = by_budget(couplings, costs, able, part, allocation)
+    if not removed:
+        raise SecateurError("nothing would go: the request is smaller than a single step of every coupling")
+    return _proven(couplings, removed, costs, chosen)
+
+
+def _check_shares(remove: Mapping[str, float], target: Mapping[str, float]) -> None:
+    for name, value in remove.items():
+        if not value > 0:
+            raise SecateurError(f"remove {name}: {value!r}; expected a share between 0 and 1, or a number of units")
+    for name, value in target.items():
+        if not value > 0:
+            raise SecateurError(f"target {name}: {value!r}; expected the share that may remain, or a number above 1")
+
+
+def _part(value: float, step: int, steps: int) -> float:
+    return value * step / steps if value < 1 or step == steps else max(value * step / steps, 1)
+
+
+def _scores(
+    couplings: Couplings,
+    removed: Mapping[int, Ints],
+    criterion: str,
+    batches: Sequence[Any],
+    loss: Loss | None,
+    reduce: str | None,
+    seed: int,
+) -> dict[str, Tensor]:
+    """The scores of units in the model in which those that are gone are zero."""
+    undo: Callable[[], None] = lambda: None  # noqa: E731
+    if removed:
+        dead = dead_of(couplings.facts, [(couplings[number], units) for number, units in removed.items()])
+        undo = mask_(couplings.model, cut_of(couplings.facts, dead))
+    try:
+        with evaluating(couplings.model):
+            return importance(couplings, criterion, batches=batches, loss=loss, reduce=reduce, seed=seed)
+    finally:
+        undo()
+
+
+def _gone_first(
+    couplings: Couplings, scores: Mapping[str, Tensor], removed: Mapping[int, Ints]
+) -> Mapping[str, Tensor]:
+    """What an earlier step removed stays removed."""
+    result = dict(scores)
+    for number, units in removed.items():
+        name = couplings[number].name
+        if name in result:
+            result[name] = result[name].clone()
+            result[name][torch.from_numpy(units)] = -torch.inf
+    return result
+
+
+def _proven(
+    couplings: Couplings, removed: Mapping[int, Ints], costs: Costs, chosen: Callable[[Coupling], bool]
+) -> Plan:
+    """The plan, after the cut model was compared with the masked one. Raises SecateurError when they differ."""
+    model, facts = couplings.model, couplings.facts
+    run = runner(model, couplings.inputs)
+    pairs = [(couplings[number], units) for number, units in removed.items()]
+    with evaluating(model):
+        undo = replace_(model)
+        try:
+            with compared(model, run) as (reference, tolerance):
+                seen = check_removal(model, facts, pairs, run, reference)
+            if not seen.difference <= tolerance:
+                raise Wrong(f"removing differs from zeroing by {seen.difference:.1e} of the largest output")
+            cut = cut_of(facts, dead_of(facts, pairs))
+            tensors = tensors_of(model)
+            kept = {
+                name: Tensors(
+                    tuple(tensors[name].shape),
+                    tuple(len(dims[d]) if d in dims else n for d, n in enumerate(tensors[name].shape)),
+                    {dim: ranges(indices) for dim, indices in dims.items()},
+                )
+                for name, dims in cut.kept.items()
+            }
+            holders = owners(model)
+            attributes = []
+            for (number, name, place), value in cut.attributes[seen.answer].items():
+                path, owner = holders[number]
+                found = vars(owner)[name]
+                before = found if place < 0 else found[place]
+                if before != value:
+                    attributes.append(Attribute(path, name, place, before, value))
+        except (Clash, Wrong) as error:
+            raise SecateurError(
+                f"this cut would not compute what it should, and nothing was changed: {error}\n"
+                "  Protect what it touches (protect=...), or remove another share."
+            ) from None
+        finally:
+            undo()
+    removals = tuple(_removal(c, removed.get(number), chosen(c)) for number, c in enumerate(couplings))
+    shares = {number: 1 - len(units) / couplings[number].size for number, units in removed.items()}
+    return Plan(
+        type(model).__name__,
+        kept,
+        tuple(attributes),
+        removals,
+        dict(couplings.protected),
+        "recomputed" if seen.restricted else "removed == masked",
+        seen.difference,
+        costs.of({}),
+        costs.of(shares),
+        describe(couplings.inputs),
+    )
+
+
+def _removal(coupling: Coupling, units: Ints | None, chosen: bool) -> Removal:
+    left = np.ones(coupling.size, bool)
+    if units is not None:
+        left[units] = False
+    why = "" if units is not None else "as important as what stays" if chosen else "not asked for"
+    return Removal(coupling.name, coupling.kind, coupling.size, ranges(np.flatnonzero(left)), coupling.exact, why)
+
+
+def ranges(indices: Ints) -> Ranges:
+    """Ascending indices as half-open ranges."""
+    if not len(indices):
+        return ()
+    breaks = np.flatnonzero(np.diff(indices) != 1) + 1
+    edges = [0, *breaks.tolist(), len(indices)]
+    return tuple((int(indices[a]), int(indices[b - 1]) + 1) for a, b in itertools.pairwise(edges))
+
+
+def indices_of(kept: Ranges) -> Ints:
+    """The indices that ranges stand for."""
+    return np.concatenate([np.arange(start, stop) for start, stop in kept] or [np.zeros(0, np.int64)])
+
+
+def _ranges_of(values: Any) -> Ranges:
+    return tuple((int(start), int(stop)) for start, stop in values)
+
+
+def describe(inputs: Inputs) -> Any:
+    """Example inputs as JSON: integers as they are, other numbers as a shape and a scale to draw from."""
+    if isinstance(inputs, Tensor):
+        if not inputs.is_floating_point():
+            return {"tensor": inputs.tolist(), "dtype": str(inputs.dtype).removeprefix("torch.")}
+        scale = float(inputs.float().std()) if inputs.numel() > 1 and inputs.device.type != "meta" else 1.0
+        return {"shape": list(inputs.shape), "scale": scale or 1.0}
+    if isinstance(inputs, Mapping):
+        return {"named": {key: describe(value) for key, value in inputs.items()}}
+    if isinstance(inputs, (list, tuple)):
+        return {"listed": [describe(value) for value in inputs]}
+    return {"value": inputs if json.dumps(inputs, default=str) else None}
+
+
+def inputs_from(described: Any, seed: int = 0) -> Any:
+    """Inputs of the kind that `describe` wrote down, with other numbers."""
+    if "tensor" in described:
+        return torch.tensor(described["tensor"], dtype=getattr(torch, described["dtype"]))
+    if "shape" in described:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(described["shape"], generator=generator) * described["scale"]
+    if "named" in described:
+        return {key: inputs_from(value, seed + 1) for key, value in described["named"].items()}
+    if "listed" in described:
+        return [inputs_from(value, seed + 1) for value in described["listed"]]
+    return described["value"]
