@@ -3,7 +3,7 @@
 from secateur.structure.apply import apply_
 from secateur.structure.coupling import Coupling, Slice
 from secateur.structure.couplings import Couplings, trace
-from secateur.structure.importance import importance
-from secateur.structure.plan import Plan, plan
+from secateur.structure.criteria import importance
+from secateur.structure.planning import Plan, plan
 
 __all__ = ["Coupling", "Couplings", "Plan", "Slice", "apply_", "importance", "plan", "trace"]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.structure.couplings import Couplings, runner
-from secateur.structure.trace import Facts, Watch, located, plainly
+from secateur.structure.watch import Facts, Watch, located, plainly
 
 
 @dataclass

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from secateur.errors import SecateurError
 from secateur.structure.attention import SplitAttention, replace_
 from secateur.structure.couplings import Inputs, evaluating, runner
-from secateur.structure.plan import Plan, indices_of, inputs_from
+from secateur.structure.planning import Plan, indices_of, inputs_from
 from secateur.structure.proof import Wrong, check, run_listening
 from secateur.structure.rehearsal import compared
 from secateur.structure.sizes import Values, owners
 from secateur.structure.surgery import Cut, alive_in, cut_, cut_of
-from secateur.structure.trace import Facts, follow, outputs_of, tensors_of
+from secateur.structure.watch import Facts, follow, outputs_of, tensors_of
 
 
 def apply_(model: nn.Module, plan: Plan, example_inputs: Inputs | None = None) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from secateur.structure.coupling import Ints
 from secateur.structure.couplings import Couplings
 from secateur.structure.identities import Dim
-from secateur.structure.trace import tensors_of
+from secateur.structure.watch import tensors_of
 
 COSTS = ("params", "macs", "bytes")
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from secateur.structure.identities import Dim, Indices
-from secateur.structure.trace import Facts
+from secateur.structure.watch import Facts
 
 Ints = NDArray[np.int64]
 

@@ -15,7 +15,7 @@ from secateur.structure.attention import replace_
 from secateur.structure.coupling import Coupling
 from secateur.structure.kinds import named
 from secateur.structure.rehearsal import rehearsed
-from secateur.structure.trace import Facts, follow, tensors_of
+from secateur.structure.watch import Facts, follow, tensors_of
 
 Inputs = Mapping[str, Any] | Sequence[Any] | Tensor
 

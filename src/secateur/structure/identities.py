@@ -50,8 +50,8 @@ class Identities:
     def product(self, outer: Dim, inner: Dim, sizes: tuple[int, int]) -> Dim:
         """Row-major pairs of two dimensions, as flattening makes them: [sizes[0] * sizes[1]]."""
         many, few = sizes
-        outer = None if outer is None or self._all_protected(outer) else outer
-        inner = None if inner is None or self._all_protected(inner) else inner
+        outer = None if outer is None or self._all_protected(outer) else self._essence(outer)
+        inner = None if inner is None or self._all_protected(inner) else self._essence(inner)
         if outer is None or inner is None:
             only = inner if outer is None else outer
             if only is None:
@@ -60,7 +60,7 @@ class Identities:
         if many == 1 or few == 1:  # a single index cannot be removed
             self.protect(outer if many == 1 else inner, "a dimension of size 1")
             return inner if many == 1 else outer
-        if (factors := self._as_grid(self.find(inner))) is not None:  # ((a, b), c), never (a, (b, c))
+        if (factors := self._as_grid(inner)) is not None:  # ((a, b), c), never (a, (b, c))
             left, right = factors
             return self.product(self.product(outer, left, (many, len(left))), right, (many * len(left), len(right)))
         made = self.new(many * few)
@@ -71,7 +71,7 @@ class Identities:
         """The factors of a dimension that is viewed as [len / inner, inner]."""
         if whole is None or self._all_protected(whole):
             return None, None
-        whole = self.find(whole)
+        whole = self._essence(whole)
         grid = whole.reshape(-1, inner)
         if (grid == grid[0]).all():
             return None, grid[0]
@@ -121,7 +121,7 @@ class Identities:
                 for dim in (a, b):
                     self.protect(dim, "tied to data: an input, the batch, the sequence or space")
                 continue
-            a, b = self.find(a), self.find(b)
+            a, b = self._essence(a), self._essence(b)
             if np.array_equal(a, b):
                 continue
             if (refined := self._refine(a, b)) is not None:
@@ -216,6 +216,18 @@ class Identities:
             root = up
         self._parent[dim] = root
         return root
+
+    def _essence(self, dim: Indices) -> Indices:
+        """Roots, with products of which one factor can never die replaced by the other factor."""
+        roots = self.find(dim)
+        while (product := self._left[roots] >= 0).any():
+            left, right = (self.find(np.where(product, table[roots], 0)) for table in (self._left, self._right))
+            only_right = product & (self._why[left] > 0)
+            only_left = product & ~only_right & (self._why[right] > 0)
+            if not (only_left | only_right).any():
+                break
+            roots = np.where(only_right, right, np.where(only_left, left, roots))
+        return roots
 
     def why(self, dim: Indices) -> list[str]:
         """The reasons for which indices of a dimension are protected, each once; empty when all are free."""

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from secateur.structure.identities import Dim
 from secateur.structure.surgery import Cut, cut_, mask_
-from secateur.structure.trace import Facts, Watch, located, outputs_of, plainly
+from secateur.structure.watch import Facts, Watch, located, outputs_of, plainly
 
 NORMS = frozenset({"native_layer_norm", "native_group_norm", "_fused_rms_norm"})
 REDUCTIONS = frozenset({"mean", "sum", "var", "var_mean", "std", "std_mean", "norm", "linalg_vector_norm"})

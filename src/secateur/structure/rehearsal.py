@@ -19,7 +19,7 @@ from secateur.structure.coupling import Coupling, Ints, find_couplings
 from secateur.structure.proof import Checked, Numbers, Wrong, check, run_listening
 from secateur.structure.sizes import Clash
 from secateur.structure.surgery import alive_in, cut_of, dead_of
-from secateur.structure.trace import Facts, tensors_of
+from secateur.structure.watch import Facts, tensors_of
 
 SMALL = 200_000_000  # parameters of a model that is rehearsed in float64
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}  # of the largest output; some models compute in float32 inside

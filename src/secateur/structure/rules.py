@@ -726,12 +726,10 @@ RULES: dict[str, Rule] = {
     **_rows(unary, "alias detach detach_ clone contiguous _to_copy to lift_fresh lift view_as dropout tril triu"),
     **_rows(unary, "native_dropout resolve_conj resolve_neg _conj zeros_like ones_like full_like empty_like rand_like"),
     **_rows(unary, "randn_like fill_ zero_ normal_ uniform_ bernoulli_ exponential_ _assert_async nan_to_num"),
-    **_rows(
-        elementwise, "copy_ copy masked_fill masked_fill_ where lerp addcmul addcdiv rsub bernoulli clamp floor_divide"
-    ),
+    **_rows(elementwise, "copy_ copy masked_fill masked_fill_ where lerp addcmul addcdiv rsub bernoulli clamp"),
     **_rows(
         elementwise,
-        "floor_divide polar log_sigmoid_forward hardswish hardswish_ _prelu_kernel rrelu_with_noise complex",
+        "floor_divide polar log_sigmoid_forward hardswish hardswish_ _prelu_kernel complex",
     ),
     **_rows(matmul, "mm bmm addmm baddbmm mv addmv dot"),
     **_rows(linear, "linear"),

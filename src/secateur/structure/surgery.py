@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from secateur.structure.coupling import Coupling
 from secateur.structure.identities import Dim
 from secateur.structure.sizes import Values, owners, solve
-from secateur.structure.trace import Facts, tensors_of
+from secateur.structure.watch import Facts, tensors_of
 
 Keep = NDArray[np.int64]
 

@@ -17,13 +17,13 @@ from secateur.structure.attention import replace_
 from secateur.structure.budget import Costs
 from secateur.structure.coupling import Coupling, Ints
 from secateur.structure.couplings import Couplings, Inputs, evaluating, runner
-from secateur.structure.importance import importance
+from secateur.structure.criteria import importance
 from secateur.structure.proof import Wrong
 from secateur.structure.rehearsal import check_removal, compared
 from secateur.structure.selection import LEAST, NOT_BY_DEFAULT, by_budget, by_ratio, candidates, check_patterns, matches
 from secateur.structure.sizes import Clash, owners
 from secateur.structure.surgery import cut_of, dead_of, mask_
-from secateur.structure.trace import tensors_of
+from secateur.structure.watch import tensors_of
 from secateur.weights.gradients import Loss
 
 VERSION = 1
@@ -256,6 +256,8 @@ def _proven(
             if not seen.difference <= tolerance:
                 raise Wrong(f"removing differs from zeroing by {seen.difference:.1e} of the largest output")
             cut = cut_of(facts, dead_of(facts, pairs))
+            if not cut.kept:
+                raise Wrong("no tensor would change; please report this")
             tensors = tensors_of(model)
             kept = {
                 name: Tensors(

@@ -18,7 +18,7 @@ from secateur.errors import SecateurError
 from secateur.structure.activations import Moments, activations
 from secateur.structure.coupling import Coupling, Slice
 from secateur.structure.couplings import Couplings
-from secateur.structure.trace import tensors_of
+from secateur.structure.watch import tensors_of
 from secateur.weights.gradients import Loss, derivatives
 
 
@@ -217,7 +217,7 @@ def _mean(scores: Tensor) -> float:
 
 def _part(part: Slice, tensor: Tensor, seen: _Seen, seed: int) -> Part:
     indices = torch.from_numpy(part.indices)
-    units, per = part.indices.shape
+    units = len(part.indices)
 
     def rows(values: Tensor | None) -> Tensor | None:
         if values is None:
