@@ -95,6 +95,10 @@ class Output:
 class Commands(TyperGroup):
     """All commands, and the one place where their errors become messages and exit codes."""
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """--remove and --target take values until the next option."""
+        return super().parse_args(ctx, options.spread(args))
+
     def invoke(self, ctx: Any) -> Any:
         """Run a command."""
         words = [*getattr(ctx, "_protected_args", []), *ctx.args]
@@ -186,6 +190,8 @@ def prune(
     sparsity: options.Sparsity = None,
     pattern: options.Pattern = None,
     threshold: options.Threshold = None,
+    remove: options.Remove = None,
+    target: options.Target = None,
     method: options.Method = None,
     recipe: options.RecipeFile = None,
     calibration: options.CalibrationFile = None,
@@ -198,6 +204,10 @@ def prune(
     granularity: options.GranularityName = None,
     allocation: options.Allocation = None,
     update: options.Update = None,
+    multiple: options.Multiple = None,
+    least: options.Least = None,
+    steps: options.Steps = None,
+    contiguous: options.Contiguous = False,
     seed: options.Seed = None,
     build: options.Build = None,
     weights: options.Weights = None,
@@ -217,11 +227,27 @@ def prune(
             --calibration wiki.txt --out ./pruned
         secateur prune ./llama --pattern 2:4 --protect '*.layers.0.*' --out ./p24
         secateur prune ./llama --threshold 1.5s --out ./pruned --dry-run
+        secateur prune ./llama --remove ffn=30% heads=25% layers=2 --out ./small
+        secateur prune ./resnet --target macs=-50% --out ./small
         secateur prune --build mypkg.models:resnet56 --weights r56.safetensors \\
             --method magnitude --out ./pruned
 
     Without --sparsity, --pattern or --threshold half of the weights go. The recipe that results is shown first.
     """
+    if remove or target:
+        weights_only = {"--sparsity": sparsity, "--pattern": pattern, "--threshold": threshold, "--method": method}
+        weights_only |= {"--granularity": granularity, "--update": update, "--recipe": recipe, "--build": build}
+        if both := [name for name, value in weights_only.items() if value is not None]:
+            raise SecateurError(
+                f"{both[0]} is for single weights, --remove and --target for structure: run one after the other"
+            )
+        values: dict[str, Any] = {"remove": options.shares(remove, "--remove"), "criterion": criterion}
+        values |= {"target": options.shares(target, "--target"), "allocation": allocation, "multiple": multiple}
+        values |= {"least": least, "steps": steps, "contiguous": contiguous, "seed": seed, "model": model, "out": out}
+        data = {"source": calibration, "field": field, "samples": samples, "length": length}
+        wanted = options.changed({}, values, data, {"protect": protect, "include": include})
+        _remove(wanted, device, dry_run, Output(as_json, quiet))
+        return
     if method is not None and recipe is not None:
         raise SecateurError("--method and --recipe both say what to do: drop one, or put `method:` into the recipe")
     given = {"model": model, "out": out, "build": build, "weights": weights, "method": method, "criterion": criterion}
@@ -382,6 +408,23 @@ def demo(
 
 
 # Pruning
+
+
+def _remove(values: dict[str, Any], device: str, dry_run: bool, output: Output) -> None:
+    from secateur.smaller import Smaller, remove
+
+    wanted = validate(Smaller, values, "structure")
+    if wanted.model is None:
+        raise SecateurError("say what to prune: a model folder")
+    if wanted.out is None and not dry_run:
+        raise SecateurError("say where to write the result: --out DIR, a new folder")
+    _silence()
+    with output.bars() as bars:
+        found = remove(
+            wanted.model, wanted, wanted.out or Path("pruned"), device=device, progress=bars, write=not dry_run
+        )
+    output.show(display.shrunk(found, wanted.out))
+    output.result(found.as_dict(), f"{wanted.out}: {found.after['params']:,} parameters")
 
 
 def _prune(run: Run, device: str, resume: bool, dry_run: bool, output: Output, title: str) -> None:

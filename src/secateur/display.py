@@ -24,6 +24,7 @@ from secateur.memory import anonymous_memory
 from secateur.plan import Plan
 from secateur.prune import LayerReport, Report
 from secateur.recipe import ABOUT, METHODS, Recipe, to_yaml
+from secateur.smaller import Shrunk
 
 WORST = 5  # layers by error
 NOTES = 5  # shown of each kind
@@ -235,6 +236,33 @@ def reasons(protected: Mapping[str, str]) -> RenderableType:
 
 
 # Evaluating
+
+
+def shrunk(found: Shrunk, out: Path | None) -> RenderableType:
+    """What structure went, what that saves, and how the result loads."""
+    table = _table("", "before", "after", "", right=(1, 2, 3))
+    rows = [("parameters", "params", "{:,}"), ("bytes of the weights", "bytes", "{:,}")]
+    rows += [("milliseconds of a forward", "milliseconds", "{:.2f}"), ("perplexity", "perplexity", "{:,.2f}")]
+    for title, key, form in rows:
+        if key in found.before:
+            before, after = found.before[key], found.after.get(key)
+            shown = "" if after is None else form.format(after)
+            table.add_row(title, form.format(before), shown, "" if not after else f"{after / before:.2f}x")
+    cuts = _table("what", "units", "left", right=(1, 2))
+    for plan in found.plans:
+        for parent, change in plan.layers.items():
+            cuts.add_row(f"blocks of {parent}", str(change.before), str(len(change.kept)))
+        for removal in plan.removals:
+            if removal.left < removal.size:
+                cuts.add_row(removal.coupling, f"{removal.size:,}", f"{removal.left:,}")
+    promises = "; ".join(f"{plan.promise} (difference {plan.difference:.0e})" for plan in found.plans)
+    last = [Text(f"proof: {promises}")]
+    if found.loads_with:
+        how = (
+            "stock transformers" if found.loads_with == "stock" else f'secateur.load("{out}"): no config has its shapes'
+        )
+        last.append(Text(f"loads with: {how}"))
+    return _spaced(cuts, table, Group(*last))
 
 
 def evaluation(found: Evaluation) -> RenderableType:

@@ -12,6 +12,7 @@ import typer
 from secateur.errors import SecateurError
 
 AMOUNT, DATA, AXES, WORK = "How much to remove", "What to calibrate on", "Other settings of the recipe", "The run"
+STRUCTURE = "Structure to remove, instead of single weights"
 
 
 def _option(*names: str, help: str, panel: str | None = None, metavar: str | None = None) -> Any:
@@ -45,6 +46,39 @@ Threshold = Annotated[
         help="Weights below it go: 0.01, or 1.5s for 1.5 standard deviations of the layer. Implies the method magnitude.",
         panel=AMOUNT,
     ),
+]
+
+Remove = Annotated[
+    list[str] | None,
+    _option(
+        "--remove",
+        metavar="WHAT=SHARE ..",
+        help="Structure that goes, physically: ffn=30% heads=25% hidden=10% channels=50% layers=2, or a glob=share.",
+        panel=STRUCTURE,
+    ),
+]
+Target = Annotated[
+    list[str] | None,
+    _option(
+        "--target",
+        metavar="COST=-SHARE ..",
+        help="Instead: what has to go of params, macs or bytes, as in macs=-50%, or may remain, as in bytes=200M.",
+        panel=STRUCTURE,
+    ),
+]
+Multiple = Annotated[
+    int | None,
+    _option("--multiple", help="Round widths to it. [default: 64; 8 for channels; less if narrow]", panel=STRUCTURE),
+]
+Least = Annotated[
+    float | None,
+    _option("--least", help="Share of every coupling that a target leaves. [default: 0.1]", panel=STRUCTURE),
+]
+Steps = Annotated[
+    int | None, _option("--steps", help="Go in so many steps, scored anew each time. [default: 1]", panel=STRUCTURE)
+]
+Contiguous = Annotated[
+    bool, _option("--contiguous", help="The layers that go are behind one another.", panel=STRUCTURE)
 ]
 
 CalibrationFile = Annotated[
@@ -161,3 +195,46 @@ def _threshold(text: str) -> dict[str, float]:
 
 def _given(values: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value is not None and value != []}
+
+
+def shares(given: list[str] | None, option: str) -> dict[str, float] | None:
+    """ffn=30% or layers=2, for --remove: what goes. macs=-50% or bytes=200M, for --target: what may remain."""
+    if not given:
+        return None
+    found = {}
+    for text in given:
+        name, _, value = text.partition("=")
+        number = _number(value)
+        if not name or number is None:
+            example = "ffn=30%, layers=2" if option == "--remove" else "macs=-50%, bytes=200M"
+            raise SecateurError(f"{option} {text!r}: expected {example}")
+        if option == "--target" and number < 0:
+            number += 1  # -50 % goes, 50 % remain
+        found[name] = number
+    return found
+
+
+def _number(text: str) -> float | None:
+    match = re.fullmatch(r"([+-]?\d*\.?\d+)\s*(%|[kKMGB])?", text.strip())
+    if match is None:
+        return None
+    unit = {"%": 0.01, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, None: 1.0}[match.group(2)]
+    return float(match.group(1)) * unit
+
+
+def spread(words: list[str]) -> list[str]:
+    """--remove a=1 b=2 as --remove a=1 --remove b=2: an option's values until the next option."""
+    found: list[str] = []
+    current = None
+    for word in words:
+        if word in ("--remove", "--target"):
+            current = word
+            continue
+        if current is not None and re.fullmatch(r"[^\s=-][^\s=]*=\S+", word):
+            found += [current, word]
+            continue
+        if current is not None and (not found or found[-2:-1] != [current]):
+            found.append(current)  # without a value: the parser says so
+        current = None
+        found.append(word)
+    return found if current is None or found[-2:-1] == [current] else [*found, current]

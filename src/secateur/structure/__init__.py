@@ -4,6 +4,19 @@ from secateur.structure.apply import apply_
 from secateur.structure.coupling import Coupling, Slice
 from secateur.structure.couplings import Couplings, trace
 from secateur.structure.criteria import importance
-from secateur.structure.planning import Plan, plan
+from secateur.structure.planning import Plan, plan, plan_layers
+from secateur.structure.saved import load, save
 
-__all__ = ["Coupling", "Couplings", "Plan", "Slice", "apply_", "importance", "plan", "trace"]
+__all__ = [
+    "Coupling",
+    "Couplings",
+    "Plan",
+    "Slice",
+    "apply_",
+    "importance",
+    "load",
+    "plan",
+    "plan_layers",
+    "save",
+    "trace",
+]

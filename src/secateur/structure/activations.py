@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from secateur.forward import no_cache
 from secateur.structure.couplings import Couplings, runner
 from secateur.structure.watch import Facts, Watch, located, plainly
 
@@ -96,7 +97,7 @@ def activations(couplings: Couplings, batches: Sequence[Any]) -> Mapping[tuple[s
     model = couplings.model
     read = Read(model, couplings.facts)
     for batch in batches:
-        run = runner(model, batch)
+        run = runner(model, {**no_cache(model), **batch} if isinstance(batch, Mapping) else batch)
         with plainly(), located(model, read.where), read:
             run()
     return read.moments

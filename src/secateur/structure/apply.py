@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import SecateurError
+from secateur.structure import depth
 from secateur.structure.attention import SplitAttention, replace_
 from secateur.structure.couplings import Inputs, evaluating, runner
+from secateur.structure.depth import check_drop, drop_
 from secateur.structure.planning import Plan, indices_of, inputs_from
 from secateur.structure.proof import Wrong, check, run_listening
 from secateur.structure.rehearsal import compared
@@ -29,46 +31,85 @@ def apply_(model: nn.Module, plan: Plan, example_inputs: Inputs | None = None) -
     Raises SecateurError, and leaves the model as it was, when the plan is for another model or the proof fails.
     """
     inputs = inputs_from(plan.inputs) if example_inputs is None else example_inputs
-    check_fits(model, plan)
     run = runner(model, inputs)
     with evaluating(model):
-        undo = replace_(model)
+        back: list[Callable[[], None]] = []
         try:
-            cut = cut_from(model, plan)
-            facts = follow(model, run)
-            dead = dead_from(facts, cut)
-            if {n: {d: list(i) for d, i in k.items()} for n, k in cut_of(facts, dead).kept.items()} != {
-                n: {d: list(i) for d, i in k.items()} for n, k in cut.kept.items()
-            }:
-                raise Wrong("its couplings are not those of this model")
-            with compared(model, run) as (reference, tolerance):
-                seen = check(model, facts, cut, run, reference, lambda dim: alive_in(facts, dim, dead))
-            if not seen.difference <= tolerance:
-                raise Wrong(f"removing differs from zeroing by {seen.difference:.1e} of the largest output")
-            back = cut_(model, cut)
-            try:
-                _exercise(model, run)
-            except BaseException:
-                back()
-                raise
-        except Wrong as error:
-            undo()
-            raise SecateurError(f"the plan does not hold on this model, which stays as it was: {error}") from None
-        except BaseException:
-            undo()
+            _drop(model, plan, run, back)
+            if plan.tensors:
+                _cut(model, plan, run, back)
+            _exercise(model, run)
+        except BaseException as error:
+            for step in reversed(back):
+                step()
+            if isinstance(error, Wrong):
+                text = f"the plan does not hold on this model, which stays as it was: {error}"
+                raise SecateurError(text) from None
             raise
-        _keep_replaced(model, plan, undo)
 
 
-def _keep_replaced(model: nn.Module, plan: Plan, undo: Any) -> None:
-    """Attention that lost nothing is torch's own again."""
-    cut = [n for n, m in model.named_modules() if isinstance(m, SplitAttention) and _touched(n, plan)]
-    if not cut:
-        undo()
+def _drop(model: nn.Module, plan: Plan, run: Callable[[], Any], back: list[Callable[[], None]]) -> None:
+    if not plan.layers:
+        return
+    check_layers(model, plan)
+    kept = {parent: change.kept for parent, change in plan.layers.items()}
+    apart = check_drop(model, kept, run)
+    if not apart <= depth.TOLERANCE:
+        raise Wrong(f"without the dropped blocks the outputs differ by {apart:.1e} from those when they are skipped")
+    back.append(drop_(model, kept))
 
 
-def _touched(name: str, plan: Plan) -> bool:
-    return any(tensor.startswith(f"{name}.") for tensor in plan.tensors)
+def _cut(model: nn.Module, plan: Plan, run: Callable[[], Any], back: list[Callable[[], None]]) -> None:
+    check_fits(model, plan)
+    back.append(replace_(model))
+    cut = cut_from(model, plan)
+    facts = follow(model, run)
+    dead = dead_from(facts, cut)
+    if _plain(cut_of(facts, dead)) != _plain(cut):
+        raise Wrong("its couplings are not those of this model")
+    with compared(model, run) as (reference, tolerance):
+        seen = check(model, facts, cut, run, reference, lambda dim: alive_in(facts, dim, dead))
+    if not seen.difference <= tolerance:
+        raise Wrong(f"removing differs from zeroing by {seen.difference:.1e} of the largest output")
+    back.append(cut_(model, cut))
+    if not _attention_cut(model, plan):
+        back.pop(-2)()
+
+
+def _plain(cut: Cut) -> dict[str, dict[int, list[int]]]:
+    return {name: {dim: list(indices) for dim, indices in dims.items()} for name, dims in cut.kept.items()}
+
+
+def _attention_cut(model: nn.Module, plan: Plan) -> bool:
+    """Whether torch's own attention was cut, and has to stay what `replace_` made of it."""
+    split = [name for name, module in model.named_modules() if isinstance(module, SplitAttention)]
+    return any(tensor.startswith(f"{name}.") for name in split for tensor in plan.tensors)
+
+
+def reshape_(model: nn.Module, plan: Plan) -> None:
+    """Give a model the shapes of a plan without any proof: for weights that were cut already and are loaded next."""
+    if plan.layers:
+        check_layers(model, plan)
+        drop_(model, {parent: change.kept for parent, change in plan.layers.items()})
+    if plan.tensors:
+        check_fits(model, plan)
+        undo = replace_(model)
+        cut_(model, cut_from(model, plan))
+        if not _attention_cut(model, plan):
+            undo()
+
+
+def check_layers(model: nn.Module, plan: Plan) -> None:
+    """Raises SecateurError when the model has not the blocks that the plan drops."""
+    for parent, change in plan.layers.items():
+        try:
+            found = len(model.get_submodule(parent))  # type: ignore[arg-type]
+        except (AttributeError, TypeError):
+            found = 0
+        if found != change.before:
+            raise SecateurError(
+                f"the plan is for {plan.model} with {change.before} blocks in {parent}; this model has {found}"
+            )
 
 
 def check_fits(model: nn.Module, plan: Plan) -> None:

@@ -106,6 +106,6 @@ def _protected(model: nn.Module, facts: Facts) -> dict[str, str]:
     found = {}
     for name in parameters:
         for place, dim in enumerate(facts.dims[name]):
-            if dim is not None and facts.ids.protected(dim).all():
+            if dim is not None and not facts.ids.free(dim):
                 found[f"{name}:{place}"] = "; ".join(facts.ids.why(dim))
     return found

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secateur.errors import SecateurError
+from secateur.forward import no_cache
 from secateur.stream.blocks import find_blocks
 from secateur.structure.couplings import Inputs, evaluating, runner
 from secateur.structure.hf_config import config_without
@@ -53,7 +54,7 @@ def block_influence(model: nn.Module, batches: Sequence[Inputs]) -> dict[str, fl
     try:
         with torch.no_grad(), evaluating(model):
             for batch in batches:
-                runner(model, batch)()
+                runner(model, {**no_cache(model), **batch} if isinstance(batch, Mapping) else batch)()
     finally:
         for handle in handles:
             handle.remove()

@@ -220,18 +220,32 @@ class Identities:
     def _essence(self, dim: Indices) -> Indices:
         """Roots, with products of which one factor can never die replaced by the other factor."""
         roots = self.find(dim)
-        while (product := self._left[roots] >= 0).any():
+        for _ in range(DEPTH):
+            product = self._left[roots] >= 0
             left, right = (self.find(np.where(product, table[roots], 0)) for table in (self._left, self._right))
             only_right = product & (self._why[left] > 0)
             only_left = product & ~only_right & (self._why[right] > 0)
             if not (only_left | only_right).any():
                 break
-            roots = np.where(only_right, right, np.where(only_left, left, roots))
+            new = np.where(only_right, right, np.where(only_left, left, roots))
+            self._left[roots[(only_left | only_right) & (new == roots)]] = -1  # itself times what never dies: itself
+            roots = new
         return roots
 
     def why(self, dim: Indices) -> list[str]:
-        """The reasons for which indices of a dimension are protected, each once; empty when all are free."""
-        return [self.reasons[number] for number in np.unique(self._why[self.find(dim)]) if number]
+        """The reasons for which indices of a dimension, or factors of them, are protected, each once."""
+        roots, found = np.unique(self.find(dim)), set()
+        for _ in range(DEPTH):
+            found |= set(self._why[roots].tolist()) - {0}
+            roots = roots[self._left[roots] >= 0]
+            if not len(roots):
+                break
+            roots = np.unique(np.concatenate([self.find(self._left[roots]), self.find(self._right[roots])]))
+        return [self.reasons[number] for number in sorted(found)]
+
+    def free(self, dim: Dim) -> bool:
+        """Whether any index of a dimension can be removed."""
+        return dim is not None and any((column >= 0).any() for column in self.factors(dim))
 
     def protected(self, dim: Indices) -> NDArray[np.bool_]:
         """Which indices of a dimension are protected."""

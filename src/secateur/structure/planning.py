@@ -5,19 +5,22 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from secateur.errors import SecateurError
+from secateur.structure import depth
 from secateur.structure.attention import replace_
 from secateur.structure.budget import Costs
 from secateur.structure.coupling import Coupling, Ints
 from secateur.structure.couplings import Couplings, Inputs, evaluating, runner
 from secateur.structure.criteria import importance
+from secateur.structure.depth import block_influence, check_drop, least_important, stacks
 from secateur.structure.proof import Wrong
 from secateur.structure.rehearsal import check_removal, compared
 from secateur.structure.selection import LEAST, NOT_BY_DEFAULT, by_budget, by_ratio, candidates, check_patterns, matches
@@ -69,6 +72,14 @@ class Removal:
 
 
 @dataclass(frozen=True)
+class Layers:
+    """What a list of blocks loses: how many it had, and the places that stay."""
+
+    before: int
+    kept: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Plan:
     """What goes, what stays, and what was promised and seen.
 
@@ -86,14 +97,18 @@ class Plan:
     before: Mapping[str, int]
     after: Mapping[str, int]
     inputs: Any
+    layers: Mapping[str, Layers] = field(default_factory=dict)
     version: int = VERSION
 
     def explain(self) -> str:
         """The plan for people: what goes from where, what it saves, and why the rest stays."""
-        lines = [f"{self.model}: {self.promise}, difference {self.difference:.1e}"]
+        lines = [f"{self.model}: {self.promise}, difference {self.difference:.1e} of the largest output"]
         for name in self.before:
             share = self.after[name] / max(self.before[name], 1)
             lines.append(f"  {name:7s} {self.before[name]:>16,} -> {self.after[name]:>16,}  ({share:.1%} remain)")
+        for name, change in self.layers.items():
+            gone = sorted(set(range(change.before)) - set(change.kept))
+            lines.append(f"  {name}: {change.before} blocks -> {len(change.kept)}, without {', '.join(map(str, gone))}")
         width = max((len(removal.coupling) for removal in self.removals), default=0)
         for removal in self.removals:
             note = "" if removal.exact else "  (a norm or mean runs over them)"
@@ -121,7 +136,15 @@ class Plan:
             attributes = tuple(Attribute(**a) for a in values["attributes"])
             removals = tuple(Removal(**{**r, "kept": _ranges_of(r["kept"])}) for r in values["removals"])
             rest = {key: values[key] for key in ("model", "protected", "promise", "difference", "before", "after")}
-            return Plan(**rest, tensors=tensors, attributes=attributes, removals=removals, inputs=values["inputs"])
+            layers = {name: Layers(c["before"], tuple(c["kept"])) for name, c in values["layers"].items()}
+            return Plan(
+                **rest,
+                tensors=tensors,
+                attributes=attributes,
+                removals=removals,
+                inputs=values["inputs"],
+                layers=layers,
+            )
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise SecateurError(f"this is no plan of secateur: {type(error).__name__} {error}") from None
 
@@ -192,6 +215,84 @@ def plan(
     if not removed:
         raise SecateurError("nothing would go: the request is smaller than a single step of every coupling")
     return _proven(couplings, removed, costs, chosen)
+
+
+def plan_layers(
+    model: nn.Module,
+    example_inputs: Inputs,
+    count: int,
+    *,
+    scores: Mapping[str, float] | None = None,
+    batches: Sequence[Any] = (),
+    contiguous: bool = False,
+    protect: Sequence[str] = (),
+) -> Plan:
+    """Choose whole blocks to drop, and prove that they can go. Nothing changes yet.
+
+    scores: block -> importance; by default the block influence that is measured on batches (or on the example inputs).
+    contiguous: blocks behind one another. protect: globs over the names of blocks. A block that others need (the first of
+    T5, which holds the position biases of all) is found by the proof, and another one takes its place.
+
+    Raises SecateurError when so many blocks cannot go.
+    """
+    with evaluating(model):
+        scores = dict(scores or block_influence(model, batches or [example_inputs]))
+        fixed = {name for name in scores if any(fnmatchcase(name, pattern) for pattern in protect)}
+        run = runner(model, example_inputs)
+        refused: dict[str, str] = {}
+        while True:
+            kept = least_important(model, count, scores, contiguous, fixed | refused.keys())
+            try:
+                apart = check_drop(model, kept, run)
+                if not apart <= depth.TOLERANCE:
+                    raise Wrong(f"without them the outputs differ by {apart:.1e} from those when they are skipped")
+                break
+            except Wrong as error:
+                guilty = _guilty(model, kept, run)
+                if not guilty:
+                    raise SecateurError(f"these blocks cannot go together: {error}") from None
+                refused |= guilty
+    lists = stacks(model)
+    removed = {name for parent, places in kept.items() for p, name in enumerate(lists[parent]) if p not in places}
+    before = _sizes(model)
+    after = {key: value - sum(_sizes(model.get_submodule(n))[key] for n in removed) for key, value in before.items()}
+    return Plan(
+        type(model).__name__,
+        {},
+        (),
+        (),
+        refused,
+        "removed == masked",
+        apart,
+        before,
+        after,
+        describe(example_inputs),
+        {parent: Layers(len(lists[parent]), tuple(places)) for parent, places in kept.items()},
+    )
+
+
+def _guilty(model: nn.Module, kept: Mapping[str, Sequence[int]], run: Callable[[], Any]) -> dict[str, str]:
+    """Which of the blocks that would go cannot go alone, and why."""
+    found = {}
+    for parent, names in stacks(model).items():
+        for place, name in enumerate(names):
+            if parent not in kept or place in kept[parent]:
+                continue
+            try:
+                apart = check_drop(model, {parent: [p for p in range(len(names)) if p != place]}, run)
+                if not apart <= depth.TOLERANCE:
+                    found[name] = f"other blocks need it: without it the outputs differ by {apart:.1e}"
+            except Wrong as error:
+                found[name] = str(error)
+    return found
+
+
+def _sizes(module: nn.Module) -> dict[str, int]:
+    parameters = list(module.parameters())
+    return {
+        "params": sum(p.numel() for p in parameters),
+        "bytes": sum(p.numel() * p.element_size() for p in [*parameters, *module.buffers()]),
+    }
 
 
 def _check_shares(remove: Mapping[str, float], target: Mapping[str, float]) -> None:

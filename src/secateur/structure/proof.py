@@ -180,12 +180,16 @@ def check(
     run: Callable[[], Any],
     reference: Numbers,
     alive: Callable[[Dim], Any],
+    masked: Cut | None = None,
 ) -> Checked:
-    """Cut, run, undo; mask, run, undo; compare. The model is as it was afterwards. Raises Wrong."""
+    """Cut, run, undo; mask, run, undo; compare. The model is as it was afterwards. Raises Wrong.
+
+    masked: what to mask where that is not what is cut, to test this very check.
+    """
     got, answer = _first_that_runs(model, cut, run, reference)
     if not got or got[0].device.type == "meta":
         return Checked(0.0, False, answer)
-    want, restricted = masked_outputs(model, facts, cut, run, alive)
+    want, restricted = masked_outputs(model, facts, masked or cut, run, alive)
     return Checked(difference(want, got), restricted, answer)
 
 

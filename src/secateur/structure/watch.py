@@ -147,10 +147,13 @@ def plainly() -> Iterator[None]:
     """Operators that can be followed instead of fused ones."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
+    fused = torch.backends.mkldnn.enabled
+    torch._C._set_mkldnn_enabled(False)
     try:
-        with torch.no_grad(), torch.backends.mkldnn.flags(enabled=False):
+        with torch.no_grad():
             yield
     finally:
+        torch._C._set_mkldnn_enabled(fused)
         torch.backends.mha.set_fastpath_enabled(fast)
 
 

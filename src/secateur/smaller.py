@@ -1,0 +1,368 @@
+"""A checkpoint in, a smaller checkpoint out: structure removed, the result verified before it gets its name."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from secateur import data as inputs
+from secateur.card import environment
+from secateur.data import Batch, Data
+from secateur.data.tensors import TENSOR_SUFFIXES
+from secateur.errors import SecateurError
+from secateur.forward import default_loss, no_cache
+from secateur.machine import check_device
+from secateur.memory import available_memory, peak_memory
+from secateur.pipeline import check_out, load_tokenizer, resolve
+from secateur.probe import probe_batches
+from secateur.prune import Progress, no_progress
+from secateur.recipe import Calibration, Part
+from secateur.stream.observe import make_observable
+from secateur.stream.skeleton import build, check_folder
+from secateur.stream.source import Source
+from secateur.stream.staging import staging_folder
+from secateur.structure import Plan, apply_, plan, plan_layers, save, trace
+from secateur.structure.criteria import CRITERIA
+from secateur.structure.planning import ALLOCATIONS
+from secateur.structure.selection import LEAST
+
+HOLDOUT = 8  # windows on which a language model is measured before and after
+REPEATS = 7  # of a timed forward, before and after
+
+
+class Smaller(Part):
+    """What to remove from a model's structure.
+
+    remove: kind of structure (ffn, heads, hidden, channels, layers, ..) or glob -> share, or number where it is 1 or more;
+    layers: a number of blocks. target: params, macs or bytes -> the share that may remain.
+    """
+
+    remove: dict[str, float] | None = None
+    target: dict[str, float] | None = None
+    criterion: str | None = None
+    allocation: str = "uniform"
+    include: tuple[str, ...] = ()
+    protect: tuple[str, ...] = ()
+    multiple: int | None = Field(None, ge=1)
+    least: float = Field(LEAST, gt=0, le=1)
+    steps: int = Field(1, ge=1)
+    contiguous: bool = False
+    calibration: Calibration = Calibration()
+    seed: int = Field(0, ge=0, lt=2**63)
+    model: str | None = None
+    out: Path | None = None
+
+    @model_validator(mode="after")
+    def _checked(self) -> Smaller:
+        if (self.remove is None) == (self.target is None):
+            raise ValueError("say either what to remove or what may remain (remove, target)")
+        if self.criterion is not None and self.criterion not in CRITERIA:
+            raise ValueError(f"unknown criterion {self.criterion!r}; known for structure: {', '.join(CRITERIA)}")
+        if self.allocation not in ALLOCATIONS:
+            raise ValueError(f"unknown allocation {self.allocation!r}; known for structure: {', '.join(ALLOCATIONS)}")
+        return self
+
+
+@dataclass
+class Shrunk:
+    """What happened to a model. loads_with: stock libraries, or secateur.load."""
+
+    plans: list[Plan]
+    loads_with: str
+    before: dict[str, Any]
+    after: dict[str, Any]
+    criterion: str
+    calibration: str
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_memory: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "before": self.before,
+            "after": self.after,
+            "loads with": self.loads_with,
+            "criterion": self.criterion,
+            "calibration": self.calibration,
+            "seconds": self.seconds,
+            "peak_memory_bytes": self.peak_memory,
+            "plans": [found.explain() for found in self.plans],
+        }
+
+
+def remove(
+    folder: str | Path,
+    wanted: Smaller,
+    out: str | Path,
+    *,
+    device: str = "cpu",
+    progress: Progress = no_progress,
+    write: bool = True,
+) -> Shrunk:
+    """Remove structure from a Hugging Face model folder into `out`; without `write`, only find out what would remain.
+
+    The whole model is held in memory. `out` is whole or absent: it is loaded again and its answers are compared before it
+    gets its name. Raises SecateurError for every mistake that can be known before work starts, and when the proof fails.
+    """
+    started = time.perf_counter()
+    folder, out = resolve(folder), Path(out)
+    check_out(folder, out)
+    check_device(device)
+    check_folder(folder)
+    skeleton = build(folder, torch.float32)
+    examples = _examples(skeleton, wanted.seed)
+    criterion, data, holdout = _data(folder, skeleton, wanted)
+    _fits(skeleton)
+    staging = _stage(out) if write else None
+    try:
+        model, stored = _loaded(folder, type(skeleton), device)
+        work = _Work(model, examples, data, holdout, criterion, wanted, progress)
+        before = work.measures()
+        config = copy.deepcopy(model.config)
+        plans = work.cut()
+        after = work.measures()
+        found = Shrunk(plans, "", before, after, criterion, "none" if data is None else data.description)
+        found.seconds = work.seconds
+        if staging is None:
+            return found
+        progress("verify", 0, 1, "reload")
+        model.to(stored)
+        found.loads_with = save(model, plans, staging, config, work.checks)
+        found.after["bytes"] = sum(path.stat().st_size for path in staging.glob("*.safetensors"))
+        found.before["bytes"] = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        found.seconds["total"] = time.perf_counter() - started
+        found.peak_memory = peak_memory()
+        _finish(folder, staging, out, found, wanted)
+        progress("verify", 1, 1, "done")
+        return found
+    except BaseException:
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def _examples(model: nn.Module, seed: int) -> list[Batch]:
+    """Inputs of the right shape, of two lengths: what the model is traced, proven and reloaded on."""
+    found = probe_batches(model, seed)
+    if not found:
+        raise SecateurError(
+            f"{type(model).__name__}: its config does not tell what it takes. Trace it in Python, on inputs of yours: "
+            "secateur.structure.trace(model, example_inputs)."
+        )
+    return found
+
+
+class _Work:
+    """The model in memory, and what is done to it."""
+
+    def __init__(
+        self,
+        model: Any,
+        examples: Sequence[Batch],
+        data: Data | None,
+        holdout: Sequence[Tensor],
+        criterion: str,
+        wanted: Smaller,
+        progress: Progress,
+    ) -> None:
+        self.model, self.data, self.holdout = model, data, holdout
+        self.criterion, self.wanted, self.progress = criterion, wanted, progress
+        self.example = {**_first_that_runs(model, examples), **no_cache(model)}
+        self.seconds: dict[str, float] = {}
+
+    @property
+    def checks(self) -> list[dict[str, Any]]:
+        """Inputs on which the reloaded model has to answer as this one: the example, and one of another length."""
+        longer = {key: torch.cat([v, v[:, :5]], 1) if key.endswith("ids") else v for key, v in self.example.items()}
+        return [self.example, longer]
+
+    @property
+    def batches(self) -> list[dict[str, Any]]:
+        """What criteria read."""
+        return [] if self.data is None else [dict(batch) for batch in self.data.batches]
+
+    def cut(self) -> list[Plan]:
+        """Whole blocks first, then widths."""
+        plans = []
+        ask = dict(self.wanted.remove or {})
+        layers = ask.pop("layers", None)
+        if layers is not None:
+            plans.append(self._timed("depth", lambda: self._layers(int(layers))))
+        if ask or self.wanted.target:
+            plans.append(self._timed("width", lambda: self._widths(ask or None)))
+        return plans
+
+    def _layers(self, count: int) -> Plan:
+        found = plan_layers(
+            self.model,
+            self.example,
+            count,
+            batches=self.batches,
+            contiguous=self.wanted.contiguous,
+            protect=self.wanted.protect,
+        )
+        apply_(self.model, found, self.example)
+        return found
+
+    def _widths(self, ask: Mapping[str, float] | None) -> Plan:
+        wanted = self.wanted
+        self.progress("trace", 0, 1, type(self.model).__name__)
+        couplings = self._timed("trace", lambda: trace(self.model, self.example))
+        self.progress("plan", 0, 1, self.criterion)
+        needs = CRITERIA[self.criterion].needs
+        found = plan(
+            couplings,
+            remove=ask,
+            target=wanted.target,
+            criterion=self.criterion,
+            batches=self.batches if needs else (),
+            loss=default_loss(self.model) if needs & {"gradient", "fisher"} else None,
+            allocation=wanted.allocation,
+            include=wanted.include,
+            protect=wanted.protect,
+            multiple=wanted.multiple,
+            least=wanted.least,
+            steps=wanted.steps,
+            seed=wanted.seed,
+        )
+        self.progress("cut", 0, 1, found.promise)
+        apply_(self.model, found, self.example)
+        return found
+
+    def measures(self) -> dict[str, Any]:
+        """Size, time of a forward, and perplexity on windows that nothing is learned from."""
+        found: dict[str, Any] = {"params": sum(p.numel() for p in self.model.parameters())}
+        with torch.no_grad():
+            found["milliseconds"] = _latency(lambda: self.model(**self.example))
+            if self.holdout:
+                loss = default_loss(self.model)
+                losses = [float(loss(self.model, {"input_ids": window})) for window in self.holdout]
+                found["perplexity"] = math.exp(min(statistics.fmean(losses), 700))
+        return found
+
+    def _timed(self, stage: str, work: Callable[[], Any]) -> Any:
+        started = time.perf_counter()
+        result = work()
+        self.seconds[stage] = time.perf_counter() - started
+        return result
+
+
+def _first_that_runs(model: nn.Module, examples: Sequence[Batch]) -> Batch:
+    failures = []
+    for batch in examples:
+        try:
+            with torch.no_grad():
+                model(**batch, **no_cache(model))
+            return batch
+        except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
+            failures.append(str(error).split("\n")[0])
+    raise SecateurError(f"{type(model).__name__} runs on none of the inputs that its config suggests: {failures[0]}")
+
+
+def _latency(run: Callable[[], Any]) -> float:
+    """Median milliseconds of a forward."""
+    run()
+    seen = []
+    for _ in range(REPEATS):
+        started = time.perf_counter()
+        run()
+        seen.append(time.perf_counter() - started)
+    return 1000 * statistics.median(seen)
+
+
+def _data(folder: Path, model: nn.Module, wanted: Smaller) -> tuple[str, Data | None, list[Tensor]]:
+    """The criterion, the calibration data that it reads, and windows of text that nothing is learned from."""
+    tokenizer = load_tokenizer(folder)
+    writes = any(part in type(model).__name__ for part in ("CausalLM", "LMHead"))
+    criterion = wanted.criterion or ("taylor" if writes and tokenizer is not None else "magnitude")
+    asked = wanted.calibration
+    layers = "layers" in (wanted.remove or {})
+    holdout = []
+    if (
+        writes
+        and tokenizer is not None
+        and (asked.source is None or asked.source.suffix.lower() not in TENSOR_SUFFIXES)
+    ):
+        holdout = inputs.holdout(
+            asked.source,
+            tokenizer,
+            samples=asked.samples,
+            length=asked.length,
+            count=HOLDOUT,
+            seed=asked.seed,
+            field=asked.field,
+        )
+    if not CRITERIA[criterion].needs and not layers and asked.source is None:
+        return criterion, None, holdout
+    if asked.source is None and (tokenizer is None or not writes):
+        if not CRITERIA[criterion].needs:
+            return criterion, None, holdout
+        raise SecateurError(
+            f"the criterion {criterion} reads data: give --calibration, a .safetensors or .npz file with one tensor for "
+            "each argument of the model, or choose --criterion magnitude."
+        )
+    found = inputs.calibration(
+        asked.source,
+        tokenizer,
+        samples=asked.samples,
+        length=asked.length,
+        seed=asked.seed,
+        field=asked.field,
+        encoder_decoder=bool(getattr(model.config, "is_encoder_decoder", False)),  # type: ignore[union-attr]
+    )
+    return criterion, found, holdout
+
+
+def _fits(model: nn.Module) -> None:
+    """The model is held in float32, and for the proof a second time. Raises SecateurError when that does not fit."""
+    size = 4 * sum(p.numel() for p in model.parameters())
+    needed, free = 2.5 * size, available_memory()
+    if needed > free:
+        raise SecateurError(
+            f"cutting this model in memory takes about {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
+        )
+
+
+def _loaded(folder: Path, kind: Any, device: str) -> tuple[Any, torch.dtype]:
+    """The model in float32, and what it is stored in."""
+    stored = Source(folder, "auto", "cpu").stored
+    model = kind.from_pretrained(folder, dtype=torch.float32).to(device).eval()
+    make_observable(model)
+    return model, stored
+
+
+def _stage(out: Path) -> Path:
+    """A folder for the unfinished result."""
+    staging = staging_folder(out)
+    if os.path.lexists(staging):
+        raise SecateurError(f"{staging} holds an unfinished run; delete that folder, or choose another --out")
+    staging.mkdir(parents=True)
+    return staging
+
+
+def _finish(folder: Path, staging: Path, out: Path, found: Shrunk, wanted: Smaller) -> None:
+    """Whatever else belongs to a model, the card, and the name."""
+    for name in Source(folder, "auto", "cpu").other_files():
+        if not (staging / name).exists():
+            (staging / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(folder / name, staging / name)
+    manifest = json.loads((staging / "secateur.json").read_text(encoding="utf-8"))
+    manifest["versions"] = environment()
+    manifest["recipe"] = wanted.model_dump(mode="json", exclude_none=True)
+    manifest["measures"] = {"before": found.before, "after": found.after}
+    manifest["seconds"], manifest["peak_memory_bytes"] = found.seconds, found.peak_memory
+    (staging / "secateur.json").write_text(json.dumps(manifest, indent=1, allow_nan=False), encoding="utf-8")
+    os.replace(staging, out)
