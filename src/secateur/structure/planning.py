@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import SecateurError
+from secateur.recipe import nearest
 from secateur.structure import depth
 from secateur.structure.attention import replace_
-from secateur.structure.budget import Costs
+from secateur.structure.budget import COSTS, Costs
 from secateur.structure.coupling import Coupling, Ints
 from secateur.structure.couplings import Couplings, Inputs, evaluating, runner
 from secateur.structure.criteria import importance
@@ -300,6 +301,8 @@ def _check_shares(remove: Mapping[str, float], target: Mapping[str, float]) -> N
         if not value > 0:
             raise SecateurError(f"remove {name}: {value!r}; expected a share between 0 and 1, or a number of units")
     for name, value in target.items():
+        if name not in COSTS:
+            raise SecateurError(f"unknown budget {name!r}{nearest(name, COSTS)}; known: {', '.join(COSTS)}")
         if not value > 0:
             raise SecateurError(f"target {name}: {value!r}; expected the share that may remain, or a number above 1")
 

@@ -73,7 +73,7 @@ def cut_(model: nn.Module, cut: Cut, answer: int = 0) -> Callable[[], None]:
         data = narrowed(tensor.data, cut.kept[name])
         undo.append(_restore(tensor, tensor.data, tensor.grad))
         tensor.grad = None
-        tensor.data = data
+        _swap(tensor, data)
     holders = owners(model)
     for (number, name, place), value in cut.attributes[answer].items():
         undo.append(_set(vars(holders[number][1]), name, place, value))
@@ -95,10 +95,17 @@ def narrowed(tensor: Tensor, kept: Mapping[int, Keep]) -> Tensor:
 
 def _restore(tensor: Tensor, data: Tensor, grad: Tensor | None) -> Callable[[], None]:
     def step() -> None:
-        tensor.data = data
+        _swap(tensor, data)
         tensor.grad = grad
 
     return step
+
+
+def _swap(tensor: Tensor, data: Tensor) -> None:
+    """Give a tensor other data, of another shape. By way of another dtype, autograd forgets the shape that it had."""
+    if tensor.shape != data.shape:
+        tensor.data = data.new_empty(0, dtype=torch.float32 if data.dtype == torch.float64 else torch.float64)
+    tensor.data = data
 
 
 def _set(table: dict[str, Any], name: str, place: int, value: int) -> Callable[[], None]:
