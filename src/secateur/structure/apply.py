@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from secateur.errors import SecateurError
 from secateur.structure import depth
 from secateur.structure.attention import SplitAttention, replace_
-from secateur.structure.couplings import Inputs, evaluating, runner
+from secateur.structure.couplings import Inputs, evaluating, runner, writing
 from secateur.structure.depth import check_drop, drop_
 from secateur.structure.planning import Plan, indices_of, inputs_from
 from secateur.structure.proof import Wrong, check, run_listening
@@ -20,6 +20,8 @@ from secateur.structure.rehearsal import compared
 from secateur.structure.sizes import Values, owners
 from secateur.structure.surgery import Cut, alive_in, cut_, cut_of
 from secateur.structure.watch import Facts, follow, outputs_of, tensors_of
+
+TOKENS = 4  # that a language model writes in the proof
 
 
 def apply_(model: nn.Module, plan: Plan, example_inputs: Inputs | None = None) -> None:
@@ -37,8 +39,8 @@ def apply_(model: nn.Module, plan: Plan, example_inputs: Inputs | None = None) -
         try:
             _drop(model, plan, run, back)
             if plan.tensors:
-                _cut(model, plan, run, back)
-            _exercise(model, run)
+                _cut(model, plan, inputs, run, back)
+            _exercise(model, run, inputs)
         except BaseException as error:
             for step in reversed(back):
                 step()
@@ -59,11 +61,11 @@ def _drop(model: nn.Module, plan: Plan, run: Callable[[], Any], back: list[Calla
     back.append(drop_(model, kept))
 
 
-def _cut(model: nn.Module, plan: Plan, run: Callable[[], Any], back: list[Callable[[], None]]) -> None:
+def _cut(model: nn.Module, plan: Plan, inputs: Inputs, run: Callable[[], Any], back: list[Callable[[], None]]) -> None:
     check_fits(model, plan)
     back.append(replace_(model))
     cut = cut_from(model, plan)
-    facts = follow(model, run)
+    facts = follow(model, run, writing(model, inputs))
     dead = dead_from(facts, cut)
     if _plain(cut_of(facts, dead)) != _plain(cut):
         raise Wrong("its couplings are not those of this model")
@@ -153,11 +155,12 @@ def dead_from(facts: Facts, cut: Cut) -> np.ndarray:
     return (owned > 0) & (alive == 0)
 
 
-def _exercise(model: nn.Module, run: Any) -> None:
-    """Forward and backward of the cut model, in its own dtype. Raises Wrong."""
+def _exercise(model: nn.Module, run: Any, inputs: Inputs) -> None:
+    """Forward, generation and backward of the cut model, in its own dtype. Raises Wrong."""
     if any(parameter.device.type == "meta" for parameter in model.parameters()):
         return
     run_listening(model, run)
+    _generate(model, inputs)
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained:
         return
@@ -169,6 +172,19 @@ def _exercise(model: nn.Module, run: Any) -> None:
             wrong = [p for p, g in zip(trained, gradients, strict=True) if g is not None and g.shape != p.shape]
             if wrong:
                 raise Wrong("a gradient has not the shape of its parameter")
+
+
+def _generate(model: Any, inputs: Inputs) -> None:
+    """A language model writes the same tokens with its cache as without."""
+    write = writing(model, inputs)
+    if write is None:
+        return
+    try:
+        cached, plain = (write(TOKENS, cached) for cached in (True, False))
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+        raise Wrong(f"the cut model does not generate: {type(error).__name__}: {error}") from None
+    if model.dtype in (torch.float32, torch.float64) and not torch.equal(cached, plain):
+        raise Wrong("the cut model writes other tokens with its cache than without")
 
 
 def parameter_map(plan: Plan) -> Mapping[str, Mapping[int, Any]]:

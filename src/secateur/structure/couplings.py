@@ -57,7 +57,7 @@ def trace(model: nn.Module, example_inputs: Inputs) -> Couplings:
     with evaluating(model):
         undo = replace_(model)
         try:
-            facts = follow(model, run)
+            facts = follow(model, run, writing(model, example_inputs))
             parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
             found = named(rehearsed(model, facts, parameters, run), tensors_of(model), list(find_blocks(model)))
             return Couplings(model, found, _protected(model, facts), facts, example_inputs)
@@ -99,6 +99,28 @@ def runner(model: nn.Module, example_inputs: Inputs) -> Callable[[], Any]:
             return model(*map(fit, args), **{key: fit(value) for key, value in kwargs.items()})
 
     return run
+
+
+def writing(model: Any, inputs: Inputs) -> Callable[..., Any] | None:
+    """What lets a language model write, with its cache and a padded prompt: code that a plain forward does not reach."""
+    able = getattr(model, "can_generate", None)
+    if able is None or not able() or not isinstance(inputs, Mapping) or set(inputs) - {"input_ids", "use_cache"}:
+        return None
+    if getattr(model.config, "is_encoder_decoder", False) or "input_ids" not in inputs:
+        return None
+    if any(parameter.device.type == "meta" for parameter in model.parameters()):
+        return None
+    ids = inputs["input_ids"]
+    mask = torch.ones_like(ids)
+    if len(ids) > 1:
+        mask[0, 0] = 0
+
+    def write(tokens: int = 2, cached: bool = True) -> Any:
+        return model.generate(
+            ids, attention_mask=mask, max_new_tokens=tokens, do_sample=False, use_cache=cached, pad_token_id=0
+        )
+
+    return write
 
 
 def _protected(model: nn.Module, facts: Facts) -> dict[str, str]:

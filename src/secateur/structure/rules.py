@@ -449,11 +449,11 @@ def attention(call: Call) -> list[Dims]:
     call.ids.same(q.dims[3], k.dims[3])
     if call.arg("scale") is None:
         call.protect([q.dims[3]], "the scale of attention follows from the size of a head")
-    call.protect([q.dims[2], k.dims[2], v.dims[2]], "tokens")
+    call.protect([k.dims[2], v.dims[2]], "tokens")
     mask = call.arg("attn_mask") or call.arg("attn_bias")
     if mask is not None:
-        broadcast_all(call.ids, [Seen((*q.shape[:3], k.shape[2]), [*q.dims[:2], None, None]), mask])
-    return [[q.dims[0], q.dims[1], None, v.dims[3]], *(_plain(shape) for shape in call.outputs[1:])]
+        broadcast_all(call.ids, [Seen((*q.shape[:3], k.shape[2]), [*q.dims[:3], None]), mask])
+    return [[*q.dims[:3], v.dims[3]], *(_plain(shape) for shape in call.outputs[1:])]
 
 
 def trilinear(call: Call) -> list[Dims]:

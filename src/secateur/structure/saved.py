@@ -53,7 +53,7 @@ def save(model: nn.Module, plans: Sequence[Plan], out: Path, config: Any = None,
         "versions": {"secateur": __version__, "torch": torch.__version__},
         "loads with": how,
         "plans": [plan.to_json() for plan in plans],
-        "probe": digest(want[0]),
+        "probe": digest(_answers(model, [inputs_from(plans[-1].inputs)])[0]),
     }
     (out / MANIFEST).write_text(json.dumps(content, indent=1, allow_nan=False), encoding="utf-8")
     if how == OURS and config is not None:

@@ -147,7 +147,7 @@ def plainly() -> Iterator[None]:
     """Operators that can be followed instead of fused ones."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
-    fused = torch.backends.mkldnn.enabled
+    fused = bool(torch.backends.mkldnn.enabled)
     torch._C._set_mkldnn_enabled(False)
     try:
         with torch.no_grad():
@@ -157,14 +157,17 @@ def plainly() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
-def follow(model: nn.Module, run: Callable[[], Any]) -> Facts:
-    """The facts of one run of the model. run: calls the model, and returns its output."""
+def follow(model: nn.Module, run: Callable[[], Any], also: Callable[[], Any] | None = None) -> Facts:
+    """The facts of one run of the model. run: calls the model, and returns its output. also: another way through it."""
     facts = Facts()
     watch = Watch(model, facts)
     uses = Uses(watch.dims_of, lambda: watch.where[-1] if watch.where else "", watch.groups)
     with plainly(), located(model, watch.where), remembered(model), uses, watch:
         output = run()
-    facts.uses = uses.found
+        work = list(facts.work)
+        if also is not None:
+            also()
+    facts.uses, facts.work = uses.found, work
     for tensor in outputs_of(output):
         for dim in watch.dims_of(tensor):
             facts.ids.protect(dim, "an output of the model")
