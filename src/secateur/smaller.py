@@ -30,14 +30,17 @@ from secateur.pipeline import check_out, load_tokenizer, resolve
 from secateur.probe import probe_batches
 from secateur.prune import Progress, no_progress
 from secateur.recipe import Calibration, Part
+from secateur.stream.checkpoint import DTYPES
 from secateur.stream.observe import make_observable
 from secateur.stream.skeleton import build, check_folder
 from secateur.stream.source import Source
 from secateur.stream.staging import staging_folder
-from secateur.structure import Plan, apply_, plan, plan_layers, save, trace
+from secateur.structure import Plan, apply_, importance, plan, plan_layers, save, trace
 from secateur.structure.criteria import CRITERIA
 from secateur.structure.planning import ALLOCATIONS
+from secateur.structure.saved import write_config
 from secateur.structure.selection import LEAST
+from secateur.structure.shards import check_shards, cut_checkpoint, tensors_of_source
 
 HOLDOUT = 8  # windows on which a language model is measured before and after
 REPEATS = 7  # of a timed forward, before and after
@@ -111,10 +114,12 @@ def remove(
     device: str = "cpu",
     progress: Progress = no_progress,
     write: bool = True,
+    in_memory: bool | None = None,
 ) -> Shrunk:
     """Remove structure from a Hugging Face model folder into `out`; without `write`, only find out what would remain.
 
-    The whole model is held in memory. `out` is whole or absent: it is loaded again and its answers are compared before it
+    in_memory: hold the whole model in memory, or cut the checkpoint on its shards, where criteria that run data are not
+    to be had; None: as it fits. `out` is whole or absent: it is loaded again and its answers are compared before it
     gets its name. Raises SecateurError for every mistake that can be known before work starts, and when the proof fails.
     """
     started = time.perf_counter()
@@ -124,14 +129,15 @@ def remove(
     check_folder(folder)
     skeleton = build(folder, torch.float32)
     examples = _examples(skeleton, wanted.seed)
+    if not fits_memory(skeleton) if in_memory is None else not in_memory:
+        return _on_shards(folder, wanted, out, examples, progress, write)
     criterion, data, holdout = _data(folder, skeleton, wanted)
-    _fits(skeleton)
     staging = _stage(out) if write else None
     try:
-        model, stored = _loaded(folder, type(skeleton), device)
+        model = _loaded(folder, type(skeleton), device)
         work = _Work(model, examples, data, holdout, criterion, wanted, progress)
         before = work.measures()
-        config = copy.deepcopy(model.config)
+        config, stored = copy.deepcopy(model.config), _stored(folder, model)
         plans = work.cut()
         after = work.measures()
         found = Shrunk(plans, "", before, after, criterion, "none" if data is None else data.description)
@@ -139,7 +145,7 @@ def remove(
         if staging is None:
             return found
         progress("verify", 0, 1, "reload")
-        model.to(stored)
+        _round(model, stored)
         found.loads_with = save(model, plans, staging, config, work.checks)
         found.after["bytes"] = sum(path.stat().st_size for path in staging.glob("*.safetensors"))
         found.before["bytes"] = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
@@ -326,22 +332,97 @@ def _data(folder: Path, model: nn.Module, wanted: Smaller) -> tuple[str, Data | 
     return criterion, found, holdout
 
 
-def _fits(model: nn.Module) -> None:
-    """The model is held in float32, and for the proof a second time. Raises SecateurError when that does not fit."""
-    size = 4 * sum(p.numel() for p in model.parameters())
-    needed, free = 2.5 * size, available_memory()
-    if needed > free:
+def fits_memory(model: nn.Module) -> bool:
+    """Whether the model can be held in float32, and most of it a second time for the proof."""
+    return 2.5 * 4 * sum(p.numel() for p in model.parameters()) < available_memory()
+
+
+def _on_shards(
+    folder: Path, wanted: Smaller, out: Path, examples: Sequence[Batch], progress: Progress, write: bool
+) -> Shrunk:
+    """Trace and prove on the meta device, score and cut one tensor after the other."""
+    started = time.perf_counter()
+    criterion = wanted.criterion or "magnitude"
+    if CRITERIA[criterion].needs or "layers" in (wanted.remove or {}):
+        what = "layers" if "layers" in (wanted.remove or {}) else f"the criterion {criterion}"
         raise SecateurError(
-            f"cutting this model in memory takes about {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
+            f"{what} needs the whole model in memory, and it does not fit: --criterion magnitude works on the shards"
         )
+    source = Source(folder, "auto", "cpu")
+    model = _without_memory(source.model)
+    progress("trace", 0, 1, type(model).__name__)
+    example = {**examples[0], **no_cache(model)}
+    couplings = trace(model, example)
+    progress("score", 0, 1, criterion)
+    scores = importance(couplings, criterion, seed=wanted.seed, tensors=tensors_of_source(source))
+    found = plan(
+        couplings,
+        remove=wanted.remove,
+        target=wanted.target,
+        scores=scores,
+        allocation=wanted.allocation,
+        include=wanted.include,
+        protect=wanted.protect,
+        multiple=wanted.multiple,
+        least=wanted.least,
+    )
+    size = source.checkpoint.bytes
+    result = Shrunk(
+        [found],
+        "",
+        {"params": found.before["params"], "bytes": size},
+        {"params": found.after["params"]},
+        criterion,
+        "none",
+    )
+    if not write:
+        return result
+    staging = _stage(out)
+    try:
+        progress("cut", 0, 1, found.promise)
+        cut_checkpoint(source, found, staging)
+        result.loads_with = write_config(model, found, folder, staging)
+        progress("verify", 0, 1, "shards")
+        check_shards(source, found, staging)
+        result.after["bytes"] = sum(path.stat().st_size for path in staging.glob("*.safetensors"))
+        result.seconds = {"total": time.perf_counter() - started}
+        result.peak_memory = peak_memory()
+        _finish(folder, staging, out, result, wanted)
+        return result
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
 
 
-def _loaded(folder: Path, kind: Any, device: str) -> tuple[Any, torch.dtype]:
-    """The model in float32, and what it is stored in."""
-    stored = Source(folder, "auto", "cpu").stored
+def _without_memory(skeleton: nn.Module) -> nn.Module:
+    """The same model, buffers and all, on the meta device."""
+    with torch.device("meta"):
+        model = type(skeleton)._from_config(skeleton.config)  # type: ignore[attr-defined]
+    model.tie_weights()
+    return model.eval()
+
+
+def _loaded(folder: Path, kind: Any, device: str) -> Any:
+    """The model in float32."""
     model = kind.from_pretrained(folder, dtype=torch.float32).to(device).eval()
     make_observable(model)
-    return model, stored
+    return model
+
+
+def _stored(folder: Path, model: nn.Module) -> dict[int, torch.dtype]:
+    """Identity of a parameter -> what the checkpoint stores it as."""
+    source = Source(folder, "auto", "cpu")
+    found = {}
+    for group in source.naming.groups.values():
+        entry = source.checkpoint.entries[group.sources[0][0]]
+        found |= dict.fromkeys(group.members, DTYPES[entry.dtype])
+    return {id(p): found[name] for name, p in model.named_parameters(remove_duplicate=False) if name in found}
+
+
+def _round(model: nn.Module, stored: Mapping[int, torch.dtype]) -> None:
+    """Parameters as they are stored; buffers that no checkpoint has keep what they were computed in."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(stored.get(id(parameter), parameter.dtype))
 
 
 def _stage(out: Path) -> Path:

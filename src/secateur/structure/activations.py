@@ -98,6 +98,6 @@ def activations(couplings: Couplings, batches: Sequence[Any]) -> Mapping[tuple[s
     read = Read(model, couplings.facts)
     for batch in batches:
         run = runner(model, {**no_cache(model), **batch} if isinstance(batch, Mapping) else batch)
-        with plainly(), located(model, read.where), read:
+        with plainly(model), located(model, read.where), read:
             run()
     return read.moments

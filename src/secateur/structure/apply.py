@@ -19,7 +19,7 @@ from secateur.structure.proof import Wrong, check, run_listening
 from secateur.structure.rehearsal import compared
 from secateur.structure.sizes import Values, owners
 from secateur.structure.surgery import Cut, alive_in, cut_, cut_of
-from secateur.structure.watch import Facts, follow, outputs_of, tensors_of
+from secateur.structure.watch import Facts, follow, on_meta, outputs_of, tensors_of
 
 TOKENS = 4  # that a language model writes in the proof
 
@@ -157,7 +157,7 @@ def dead_from(facts: Facts, cut: Cut) -> np.ndarray:
 
 def _exercise(model: nn.Module, run: Any, inputs: Inputs) -> None:
     """Forward, generation and backward of the cut model, in its own dtype. Raises Wrong."""
-    if any(parameter.device.type == "meta" for parameter in model.parameters()):
+    if on_meta(model):
         return
     run_listening(model, run)
     _generate(model, inputs)

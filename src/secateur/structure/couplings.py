@@ -15,7 +15,7 @@ from secateur.structure.attention import replace_
 from secateur.structure.coupling import Coupling
 from secateur.structure.kinds import named
 from secateur.structure.rehearsal import rehearsed
-from secateur.structure.watch import Facts, follow, tensors_of
+from secateur.structure.watch import Facts, follow, on_meta, tensors_of
 
 Inputs = Mapping[str, Any] | Sequence[Any] | Tensor
 
@@ -90,9 +90,13 @@ def runner(model: nn.Module, example_inputs: Inputs) -> Callable[[], Any]:
 
     def run() -> Any:
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+        meta = on_meta(model)
 
         def fit(value: Any) -> Any:
-            return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+            if not isinstance(value, Tensor):
+                return value
+            value = value.to("meta") if meta else value
+            return value.to(dtype) if value.is_floating_point() else value
 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -108,7 +112,7 @@ def writing(model: Any, inputs: Inputs) -> Callable[..., Any] | None:
         return None
     if getattr(model.config, "is_encoder_decoder", False) or "input_ids" not in inputs:
         return None
-    if any(parameter.device.type == "meta" for parameter in model.parameters()):
+    if on_meta(model):
         return None
     ids = inputs["input_ids"]
     mask = torch.ones_like(ids)

@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from secateur.errors import SecateurError
 from secateur.structure.activations import Moments, activations
 from secateur.structure.coupling import Coupling, Slice
 from secateur.structure.couplings import Couplings
-from secateur.structure.watch import tensors_of
 from secateur.weights.gradients import Loss, derivatives
 
 
@@ -131,11 +130,13 @@ def importance(
     loss: Loss | None = None,
     reduce: str | None = None,
     seed: int = 0,
+    tensors: Iterable[tuple[str, Tensor]] | None = None,
 ) -> dict[str, Tensor]:
     """Coupling -> scores [units], each coupling's divided by its mean so that layers compare; low goes first.
 
     batches: what the model is called with, for criteria that read data. loss(model, batch) -> scalar, for gradients.
     reduce: how a unit's elements are put together: sum, mean, l2, max; by default what the criterion's paper does.
+    tensors: names and parameters from elsewhere than the model, one at a time: a checkpoint that does not fit.
 
     Raises SecateurError for unknown names and missing data. A coupling that the criterion has nothing to say of (no norm
     with a scale, nothing that reads it) is not among the scores.
@@ -148,17 +149,50 @@ def importance(
     if how.needs and not batches:
         raise SecateurError(f"the criterion {criterion} reads data, and there is none: give batches")
     seen = _seen(couplings, how.needs, batches, loss)
-    scores = {}
+    totals = [_Total(coupling, reduce or how.reduce) for coupling in couplings]
+    owners: dict[str, list[tuple[int, Slice]]] = {}
     for number, coupling in enumerate(couplings):
-        found = _score(coupling, how, reduce or how.reduce, seen, seed * 1000003 + number)
-        if found is not None:
-            scores[coupling.name] = found
-    return scores
+        for part in coupling.slices:
+            owners.setdefault(part.parameter, []).append((number, part))
+    for name, tensor in couplings.model.named_parameters() if tensors is None else tensors:
+        for number, part in owners.get(name, ()):  # a tied parameter comes once, under one of its names
+            found = how.score(_part(part, tensor, seen, seed * 1000003 + 1009 * number + part.dim))
+            if found is not None:
+                totals[number].add(part, found)
+    scores = {total.coupling.name: total.result() for total in totals}
+    return {name: found for name, found in scores.items() if found is not None}
+
+
+class _Total:
+    """The scores of a coupling's units, an element at a time."""
+
+    def __init__(self, coupling: Coupling, reduce: str) -> None:
+        self.coupling, self.reduce = coupling, reduce
+        self._sum = torch.zeros(coupling.size, dtype=torch.float64)
+        self._count = torch.zeros(coupling.size, dtype=torch.float64)
+
+    def add(self, part: Slice, found: Tensor) -> None:
+        """Scores [units, elements] of a slice."""
+        where = slice(part.start, part.start + len(part.indices))
+        values = found.double().cpu()
+        if self.reduce == "max":
+            self._sum[where] = torch.maximum(self._sum[where], values.amax(1))
+        else:
+            self._sum[where] += values.square().sum(1) if self.reduce == "l2" else values.sum(1)
+        self._count[where] += values.shape[1]
+
+    def result(self) -> Tensor | None:
+        """Divided by the mean; None where some units have no elements that the criterion looks at."""
+        if not bool(self._count.all()):
+            return None
+        total = self._sum.sqrt() if self.reduce == "l2" else self._sum
+        total = total / self._count if self.reduce == "mean" else total
+        mean = float(total.mean())
+        return total / (mean if mean > 0 and math.isfinite(mean) else 1.0)
 
 
 @dataclass(frozen=True)
 class _Seen:
-    tensors: Mapping[str, Tensor]
     gradient: Mapping[str, Tensor]
     fisher: Mapping[str, Tensor]
     inputs: Mapping[tuple[str, int], Moments]
@@ -166,7 +200,6 @@ class _Seen:
 
 def _seen(couplings: Couplings, needs: frozenset[str], batches: Sequence[Any], loss: Loss | None) -> _Seen:
     model = couplings.model
-    tensors = tensors_of(model)
     gradient: dict[str, Tensor] = {}
     squares: dict[str, Tensor] = {}
     if needs & {"gradient", "fisher"}:
@@ -181,38 +214,7 @@ def _seen(couplings: Couplings, needs: frozenset[str], batches: Sequence[Any], l
             if found.squares is not None:
                 squares[name] = found.squares / count
     inputs = activations(couplings, batches) if "inputs" in needs else {}
-    return _Seen(tensors, gradient, squares, inputs)
-
-
-def _score(coupling: Coupling, how: Criterion, reduce: str, seen: _Seen, seed: int) -> Tensor | None:
-    total = torch.zeros(coupling.size, dtype=torch.float64)
-    count = torch.zeros(coupling.size, dtype=torch.float64)
-    done: set[tuple[int, int, int]] = set()
-    for part in coupling.slices:
-        tensor = seen.tensors[part.parameter]
-        key = (tensor.data_ptr(), part.dim, part.start)
-        if not isinstance(tensor, nn.Parameter) or (key in done and tensor.device.type != "meta"):
-            continue
-        done.add(key)  # a tied parameter counts once
-        found = how.score(_part(part, tensor, seen, seed + len(done)))
-        if found is None:
-            continue
-        where = slice(part.start, part.start + len(part.indices))
-        values = found.double().cpu()
-        if reduce == "max":
-            total[where] = torch.maximum(total[where], values.amax(1))
-        else:
-            total[where] += values.square().sum(1) if reduce == "l2" else values.sum(1)
-        count[where] += values.shape[1]
-    if not bool(count.all()):
-        return None
-    total = total.sqrt() if reduce == "l2" else total / count if reduce == "mean" else total
-    return total / _mean(total)
-
-
-def _mean(scores: Tensor) -> float:
-    mean = float(scores.mean())
-    return mean if mean > 0 and math.isfinite(mean) else 1.0
+    return _Seen(gradient, squares, inputs)
 
 
 def _part(part: Slice, tensor: Tensor, seen: _Seen, seed: int) -> Part:
@@ -237,12 +239,3 @@ def _part(part: Slice, tensor: Tensor, seen: _Seen, seed: int) -> Part:
         tensor.ndim == 1,
         seed,
     )
-
-
-def from_scores(couplings: Iterable[Coupling], scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Scores of the user's own, checked. Raises SecateurError where they do not fit."""
-    known = {coupling.name: coupling.size for coupling in couplings}
-    for name, values in scores.items():
-        if name not in known or values.shape != (known[name],):
-            raise SecateurError(f"scores for {name}: expected one for each of {known.get(name, 'no')} units")
-    return dict(scores)

@@ -432,6 +432,7 @@ def describe(inputs: Inputs) -> Any:
     """Example inputs as JSON: integers as they are, other numbers as a shape and a scale to draw from."""
     if isinstance(inputs, Tensor):
         if not inputs.is_floating_point():
+            inputs = torch.zeros_like(inputs, device="cpu") if inputs.device.type == "meta" else inputs
             return {"tensor": inputs.tolist(), "dtype": str(inputs.dtype).removeprefix("torch.")}
         scale = float(inputs.float().std()) if inputs.numel() > 1 and inputs.device.type != "meta" else 1.0
         return {"shape": list(inputs.shape), "scale": scale or 1.0}

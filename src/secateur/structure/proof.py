@@ -42,7 +42,7 @@ class Numbers:
             values = [value for value in args if isinstance(value, (int, float)) and not isinstance(value, bool)]
         elif name.startswith("_scaled_dot_product"):
             values = [kwargs.get("scale")]
-        elif name == "lift_fresh" and out.numel() == 1 and out.device.type != "meta":
+        elif name == "lift_fresh" and out.numel() == 1 and type(out) is Tensor and out.device.type != "meta":
             values = [out.item()]
         else:
             return
@@ -155,7 +155,7 @@ def _restricted_norm(func: Any, args: Any, kwargs: Any, kept: Mapping[int, Tenso
 def run_listening(model: nn.Module, run: Callable[[], Any]) -> tuple[list[Tensor], Numbers]:
     """The outputs of a run, and its numbers."""
     listen = Listen()
-    with plainly(), located(model, listen.where), listen:
+    with plainly(model), located(model, listen.where), listen:
         output = run()
     return _real(output), listen.numbers
 
@@ -220,7 +220,7 @@ def masked_outputs(
     undo = mask_(model, cut)
     try:
         masked = Masked(model, facts, alive)
-        with plainly(), located(model, masked.where), masked:
+        with plainly(model), located(model, masked.where), masked:
             output = run()
         return _real(output), masked.restricted
     finally:

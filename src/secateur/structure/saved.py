@@ -61,6 +61,26 @@ def save(model: nn.Module, plans: Sequence[Plan], out: Path, config: Any = None,
     return how
 
 
+def write_config(model: nn.Module, plan: Plan, folder: Path, out: Path) -> str:
+    """config.json and secateur.json of a checkpoint that was cut on its shards; how it loads. model: on the meta device,
+    as it was before the cut.
+
+    The first config that has the cut shapes is taken: its outputs are compared where the result is loaded.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors_of(model).items()}
+    shapes |= {name: tuple(change.after) for name, change in plan.tensors.items()}
+    found = next(iter(configs_for(model, model.config, shapes, ())), None)
+    how = OURS if found is None else STOCK
+    if found is None:
+        (out / "config.json").write_bytes((folder / "config.json").read_bytes())
+    else:
+        found.architectures = [type(model).__name__]
+        found.save_pretrained(out)
+    content = {"format": 1, "loads with": how, "plans": [plan.to_json()], "probe": None}
+    (out / MANIFEST).write_text(json.dumps(content, indent=1, allow_nan=False), encoding="utf-8")
+    return how
+
+
 def _stock(
     model: nn.Module, plans: Sequence[Plan], out: Path, config: Any, checks: Sequence[Inputs], want: list[Tensor]
 ) -> bool:
@@ -118,6 +138,8 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
             reshape_(model, plan)
         _fill(model, load_file(path / WEIGHTS))
     model.eval()
+    if content["probe"] is None:
+        return model
     inputs = inputs_from(plans[-1].inputs)
     found = digest(_answers(model, [inputs])[0])
     apart = difference(torch.tensor(content["probe"]["values"]), torch.tensor(found["values"]))

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
@@ -142,15 +143,23 @@ def located(model: nn.Module, where: list[str]) -> Iterator[None]:
         where.clear()
 
 
+def on_meta(model: nn.Module) -> bool:
+    """Whether any parameter has no memory."""
+    return any(parameter.device.type == "meta" for parameter in model.parameters())
+
+
 @contextlib.contextmanager
-def plainly() -> Iterator[None]:
-    """Operators that can be followed instead of fused ones."""
+def plainly(model: nn.Module) -> Iterator[None]:
+    """Operators that can be followed instead of fused ones; fake tensors for a model on the meta device."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     fused = bool(torch.backends.mkldnn.enabled)
     torch._C._set_mkldnn_enabled(False)
     try:
-        with torch.no_grad():
+        with (
+            torch.no_grad(),
+            FakeTensorMode(allow_non_fake_inputs=True) if on_meta(model) else contextlib.nullcontext(),
+        ):
             yield
     finally:
         torch._C._set_mkldnn_enabled(fused)
@@ -162,7 +171,7 @@ def follow(model: nn.Module, run: Callable[[], Any], also: Callable[[], Any] | N
     facts = Facts()
     watch = Watch(model, facts)
     uses = Uses(watch.dims_of, lambda: watch.where[-1] if watch.where else "", watch.groups)
-    with plainly(), located(model, watch.where), remembered(model), uses, watch:
+    with plainly(model), located(model, watch.where), remembered(model), uses, watch:
         output = run()
         work = list(facts.work)
         if also is not None:
