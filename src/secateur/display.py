@@ -255,8 +255,7 @@ def shrunk(found: Shrunk, out: Path | None) -> RenderableType:
         for removal in plan.removals:
             if removal.left < removal.size:
                 cuts.add_row(removal.coupling, f"{removal.size:,}", f"{removal.left:,}")
-    promises = "; ".join(f"{plan.promise} (difference {plan.difference:.0e})" for plan in found.plans)
-    last = [Text(f"proof: {promises}")]
+    last = [Text(f"proof: {p.promise}, difference {p.difference:.0e} of the largest output") for p in found.plans]
     if found.loads_with:
         how = (
             "stock transformers" if found.loads_with == "stock" else f'secateur.load("{out}"): no config has its shapes'

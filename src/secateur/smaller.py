@@ -142,6 +142,10 @@ def remove(
         after = work.measures()
         found = Shrunk(plans, "", before, after, criterion, "none" if data is None else data.description)
         found.seconds = work.seconds
+        progress("time", 0, 1, "before and after in turns")
+        models = (_loaded(folder, type(skeleton), device), model)
+        before["milliseconds"], after["milliseconds"] = _latencies(models, work.example)
+        del models
         if staging is None:
             return found
         progress("verify", 0, 1, "reload")
@@ -252,7 +256,6 @@ class _Work:
         """Size, time of a forward, and perplexity on windows that nothing is learned from."""
         found: dict[str, Any] = {"params": sum(p.numel() for p in self.model.parameters())}
         with torch.no_grad():
-            found["milliseconds"] = _latency(lambda: self.model(**self.example))
             if self.holdout:
                 loss = default_loss(self.model)
                 losses = [float(loss(self.model, {"input_ids": window})) for window in self.holdout]
@@ -278,15 +281,17 @@ def _first_that_runs(model: nn.Module, examples: Sequence[Batch]) -> Batch:
     raise SecateurError(f"{type(model).__name__} runs on none of the inputs that its config suggests: {failures[0]}")
 
 
-def _latency(run: Callable[[], Any]) -> float:
-    """Median milliseconds of a forward."""
-    run()
-    seen = []
-    for _ in range(REPEATS):
-        started = time.perf_counter()
-        run()
-        seen.append(time.perf_counter() - started)
-    return 1000 * statistics.median(seen)
+def _latencies(models: Sequence[nn.Module], example: Mapping[str, Any]) -> list[float]:
+    """Median milliseconds of a forward of each, taken in turns: a machine's speed drifts."""
+    seen: list[list[float]] = [[] for _ in models]
+    with torch.no_grad():
+        for repeat in range(REPEATS + 1):
+            for model, times in zip(models, seen, strict=True):
+                started = time.perf_counter()
+                model(**example)
+                if repeat:  # the first one warms up
+                    times.append(1000 * (time.perf_counter() - started))
+    return [statistics.median(times) for times in seen]
 
 
 def _data(folder: Path, model: nn.Module, wanted: Smaller) -> tuple[str, Data | None, list[Tensor]]:

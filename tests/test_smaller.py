@@ -1,0 +1,162 @@
+"""Structure removed from a folder: in memory and on the shards, from the command line, whole or not there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from conftest import fingerprint, save_llama, save_tokenizer, text
+from secateur import options
+from secateur.cli import app
+from secateur.errors import SecateurError
+from secateur.smaller import Smaller, remove
+from secateur.structure import load
+
+MAGNITUDE = {"criterion": "magnitude", "multiple": 1}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    path = save_llama(tmp_path_factory.mktemp("models") / "llama", layers=4)
+    save_tokenizer(path)
+    return path
+
+
+def state(path: Path) -> dict[str, torch.Tensor]:
+    return AutoModelForCausalLM.from_pretrained(path).state_dict()
+
+
+def run(*words: object):
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def test_in_memory_and_on_the_shards_are_the_same(folder, tmp_path):
+    wanted = Smaller(remove={"ffn": 0.5}, **MAGNITUDE)
+    one = remove(folder, wanted, tmp_path / "memory", in_memory=True)
+    other = remove(folder, wanted, tmp_path / "shards", in_memory=False)
+    assert one.loads_with == other.loads_with == "stock"
+    a, b = state(tmp_path / "memory"), state(tmp_path / "shards")
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert a["model.layers.0.mlp.gate_proj.weight"].shape == (8, 8)
+    assert one.after["params"] == other.after["params"] == one.plans[0].after["params"]
+
+
+def test_shapes_by_layer_on_the_shards_load_with_the_plan(folder, tmp_path):
+    wanted = Smaller(remove={"model.layers.1.mlp*": 0.5}, **MAGNITUDE)
+    found = remove(folder, wanted, tmp_path / "out", in_memory=False)
+    assert found.loads_with == "secateur.load"
+    ids = torch.arange(6)[None]
+    again = load(tmp_path / "out")
+    remove(folder, wanted, tmp_path / "memory", in_memory=True)
+    torch.testing.assert_close(again(ids).logits, load(tmp_path / "memory")(ids).logits)
+
+
+@pytest.mark.parametrize("arguments", [["ffn=50%", "layers=2"], ["ffn=50%"], ["layers=1"]])
+def test_the_command_line(folder, tmp_path, arguments):
+    (tmp_path / "text.txt").write_text(text(600))
+    before = fingerprint(folder)
+    out = tmp_path / "out"
+    done = run(
+        "prune", folder, "--remove", *arguments, "--calibration", tmp_path / "text.txt", "--samples", 4, "--length", 16,
+        "--multiple", 1, "--out", out, "--json",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert fingerprint(folder) == before
+    assert not (tmp_path / "out.partial").exists()
+    details = json.loads(done.stdout)
+    assert details["loads with"] == "stock"
+    assert details["after"]["params"] < details["before"]["params"]
+    assert details["after"]["bytes"] < details["before"]["bytes"]
+    assert {"milliseconds", "perplexity"} <= details["after"].keys()
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert sum(p.numel() for p in model.parameters()) == details["after"]["params"]
+    assert {"tokenizer.json", "secateur.json", "config.json"} <= {path.name for path in out.iterdir()}
+
+
+def test_a_target_bounds_what_remains(folder, tmp_path):
+    words = ["prune", folder, "--target", "params=-20%", "--criterion", "magnitude", "--multiple", 1]
+    done = run(*words, "--out", tmp_path / "out", "--json")
+    assert done.exit_code == 0, done.output
+    details = json.loads(done.stdout)
+    assert details["after"]["params"] <= 0.8 * details["before"]["params"]
+
+
+def test_dry_run_writes_nothing(folder, tmp_path):
+    done = run(
+        "prune", folder, "--remove", "ffn=50%", "--criterion", "magnitude", "--multiple", 1, "--dry-run", "--json"
+    )
+    assert done.exit_code == 0, done.output
+    assert "ffn" in json.loads(done.stdout)["plans"][0]
+    assert not list(tmp_path.iterdir())
+
+
+BAD = {
+    "no value": (["--remove", "ffn"], "expected ffn=30%"),
+    "not a number": (["--remove", "ffn=much"], "expected ffn=30%"),
+    "unknown kind": (["--remove", "headz=30%"], "did you mean 'heads'"),
+    "unknown cost": (["--target", "flops=-50%"], "unknown budget 'flops'"),
+    "both": (["--remove", "ffn=30%", "--target", "macs=-50%"], "either what to remove or what may remain"),
+    "weights and structure": (["--remove", "ffn=30%", "--sparsity", "0.5"], "--sparsity is for single weights"),
+    "unknown criterion": (["--remove", "ffn=30%", "--criterion", "obs"], "unknown criterion 'obs'"),
+    "unknown allocation": (["--remove", "ffn=30%", "--allocation", "owl"], "unknown allocation 'owl'"),
+    "all layers": (["--remove", "layers=4"], "some have to stay"),
+    "out of reach": (["--target", "params=-99%"], "nearest reachable"),
+    "too little": (["--remove", "ffn=0.1%"], "nothing would go"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_requests_are_one_message_and_nothing_is_written(name, folder, tmp_path):
+    arguments, words = BAD[name]
+    criterion = [] if "--criterion" in arguments else ["--criterion", "magnitude"]
+    done = run("prune", folder, *arguments, *criterion, "--out", tmp_path / "out")
+    assert done.exit_code == 2, done.output
+    assert words in done.stderr.replace("\n", " ").replace("  ", " ")
+    assert "Traceback" not in done.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_criteria_that_run_data_need_memory(folder, tmp_path):
+    for wanted in (Smaller(remove={"ffn": 0.5}, criterion="taylor"), Smaller(remove={"layers": 1})):
+        with pytest.raises(SecateurError, match="whole model in memory"):
+            remove(folder, wanted, tmp_path / "out", in_memory=False)
+
+
+def test_an_unfinished_run_is_not_overwritten(folder, tmp_path):
+    (tmp_path / "out.partial").mkdir()
+    with pytest.raises(SecateurError, match="unfinished run"):
+        remove(folder, Smaller(remove={"ffn": 0.5}, **MAGNITUDE), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("words", "spread"),
+    [
+        (["--remove", "a=1", "b=2", "--out", "x"], ["--remove", "a=1", "--remove", "b=2", "--out", "x"]),
+        (["m", "--remove", "a=1"], ["m", "--remove", "a=1"]),
+        (["--remove", "a=1", "folder"], ["--remove", "a=1", "folder"]),
+        (["--target", "macs=-50%", "--remove"], ["--target", "macs=-50%", "--remove"]),
+        (["--remove", "--out", "x"], ["--remove", "--out", "x"]),
+        (["--text", "a=1"], ["--text", "a=1"]),
+    ],
+)
+def test_an_option_takes_values_until_the_next_one(words, spread):
+    assert options.spread(words) == spread
+
+
+@pytest.mark.parametrize(
+    ("words", "option", "found"),
+    [
+        (["ffn=30%", "layers=2"], "--remove", {"ffn": 0.3, "layers": 2}),
+        (["macs=-50%"], "--target", {"macs": 0.5}),
+        (["bytes=200M", "params=50%"], "--target", {"bytes": 200e6, "params": 0.5}),
+        (None, "--remove", None),
+    ],
+)
+def test_shares(words, option, found):
+    assert options.shares(words, option) == found
