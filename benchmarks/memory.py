@@ -1,6 +1,7 @@
-"""Peak memory of pruning a checkpoint bigger than it: a synthetic LLaMA of 4 GB, in shards, by Wanda and by SparseGPT.
+"""Peak memory of pruning a checkpoint bigger than it: a synthetic LLaMA of 4 GB, in shards, by Wanda, by SparseGPT, and in
+its structure (30 % of the neurons, a quarter of the heads, by magnitude, cut on the shards).
 
-    python benchmarks/memory.py [--blocks 33] [--methods wanda,sparsegpt]
+    python benchmarks/memory.py [--blocks 33] [--methods wanda,sparsegpt,structure]
 
 Writes results/memory.json: anonymous memory (RssAnon) above that after the imports, its peak and its curve over blocks.
 Each method runs in a process of its own. Needs 9 GB of disk.
@@ -28,7 +29,7 @@ def main() -> None:
     """Write the checkpoint, prune it with each method, keep the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, default=33)
-    parser.add_argument("--methods", default="wanda,sparsegpt")
+    parser.add_argument("--methods", default="wanda,sparsegpt,structure")
     parser.add_argument("--folder", type=Path, help="where to put the checkpoint (default: a temporary folder)")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -55,7 +56,12 @@ def main() -> None:
             "samples": SAMPLES,
             "length": LENGTH,
         }
-        write(RESULTS / "memory.json", {"setting": setting, "methods": found, "machine": machine()})
+        path = RESULTS / "memory.json"
+        earlier = json.loads(path.read_text()) if path.exists() else {}
+        kept = earlier.get("methods", {}) if earlier.get("setting") == setting else {}
+        for method in found:
+            found[method]["machine"] = machine()
+        write(path, {"setting": setting, "methods": kept | found, "machine": earlier.get("machine", machine())})
     finally:
         if args.folder is None:
             shutil.rmtree(folder)
@@ -137,6 +143,7 @@ def child(name: str, folder: Path) -> dict[str, Any]:
 
     from secateur import method, prune
     from secateur.memory import anonymous_memory
+    from secateur.smaller import Smaller, remove
 
     torch.set_num_threads(2)
     # everything that a first call would import or allocate once
@@ -166,7 +173,13 @@ def child(name: str, folder: Path) -> dict[str, Any]:
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     started = time.perf_counter()
-    report = prune(folder / "model", method(name, sparsity=0.5), batches, out, progress=progress)
+    if name == "structure":
+        wanted = Smaller(remove={"ffn": 0.3, "heads": 0.25}, criterion="magnitude")
+        found = remove(folder / "model", wanted, out, progress=progress, in_memory=False)
+        details: dict[str, Any] = {"before": found.before, "after": found.after, "loads with": found.loads_with}
+    else:
+        report = prune(folder / "model", method(name, sparsity=0.5), batches, out, progress=progress)
+        details = {"stages": report.seconds, "sparsity": report.sparsity, "verified": report.verified}
     seconds = time.perf_counter() - started
     stop.set()
     watcher.join()
@@ -175,9 +188,7 @@ def child(name: str, folder: Path) -> dict[str, Any]:
         "after_imports": base,
         "peak_above_imports": peak[0] - base,
         "seconds": seconds,
-        "stages": report.seconds,
-        "sparsity": report.sparsity,
-        "verified": report.verified,
+        **details,
         "curve": curve,
     }
 

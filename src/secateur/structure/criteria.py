@@ -7,7 +7,7 @@ add a line to CRITERIA with what it reads, and a row to the table in tests/struc
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -39,6 +39,7 @@ class Part:
 
 
 Score = Callable[[Part], Tensor | None]
+PIECE = 1 << 22  # elements that are scored at a time
 
 
 def magnitude(part: Part) -> Tensor | None:
@@ -155,12 +156,21 @@ def importance(
         for part in coupling.slices:
             owners.setdefault(part.parameter, []).append((number, part))
     for name, tensor in couplings.model.named_parameters() if tensors is None else tensors:
-        for number, part in owners.get(name, ()):  # a tied parameter comes once, under one of its names
-            found = how.score(_part(part, tensor, seen, seed * 1000003 + 1009 * number + part.dim))
-            if found is not None:
-                totals[number].add(part, found)
+        for number, whole in owners.get(name, ()):  # a tied parameter comes once, under one of its names
+            for part in _pieces(whole, tensor):
+                found = how.score(_part(part, tensor, seen, seed * 1000003 + 1009 * number + part.start))
+                if found is not None:
+                    totals[number].add(part, found)
     scores = {total.coupling.name: total.result() for total in totals}
     return {name: found for name, found in scores.items() if found is not None}
+
+
+def _pieces(part: Slice, tensor: Tensor) -> Iterator[Slice]:
+    """A slice some units at a time, so that its copies stay small."""
+    each = max(1, tensor.numel() // tensor.shape[part.dim] * part.indices.shape[1])
+    step = max(1, PIECE // each)
+    for start in range(0, len(part.indices), step):
+        yield Slice(part.parameter, part.dim, part.indices[start : start + step], part.start + start)
 
 
 class _Total:

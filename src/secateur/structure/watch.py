@@ -154,7 +154,8 @@ def plainly(model: nn.Module) -> Iterator[None]:
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     fused = bool(torch.backends.mkldnn.enabled)
-    torch._C._set_mkldnn_enabled(False)
+    if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+        torch._C._set_mkldnn_enabled(False)  # its recurrent layers are a single operator
     try:
         with (
             torch.no_grad(),
