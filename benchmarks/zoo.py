@@ -12,6 +12,7 @@ else is zero, with norms over what remains. Writes results/zoo.json.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import json
 import signal
@@ -34,6 +35,7 @@ import families
 from common import RESULTS, ROOT, SHARED, machine, write
 from secateur.forward import no_cache
 from secateur.stream.observe import make_observable
+from secateur.stream.skeleton import may_be_missing
 from secateur.structure import apply_, plan, save, trace
 from secateur.structure.apply import dead_from
 from secateur.structure.attention import SplitAttention, replace_
@@ -131,11 +133,12 @@ REAL: dict[str, Callable[[], Model | None]] = {
 
 
 def secateur(model: nn.Module, inputs: Any) -> dict[str, Any]:
-    """Half of everything whose removal equals masking."""
+    """Half of everything whose removal equals masking; where there is no such thing, of everything."""
     started = time.perf_counter()
     couplings = trace(model, inputs)
     traced = time.perf_counter()
-    kinds = [c.name for c in couplings if c.exact and c.kind != "head_dim"]
+    able = [c for c in couplings if c.kind != "head_dim"]
+    kinds = [c.name for c in able if c.exact] or [c.name for c in able]
     if not kinds:
         raise Refused("; ".join(sorted(set(couplings.protected.values())))[:300])
     found = plan(couplings, remove=dict.fromkeys(kinds, 0.5), multiple=1, least=0.01)
@@ -286,6 +289,8 @@ TOOLS: dict[str, Callable[[nn.Module, Any], dict[str, Any]]] = {
 
 def kept_indices(before: Tensor, after: Tensor) -> dict[int, np.ndarray] | None:
     """Which indices of each dimension stay, found by the values; None where they are no grid of the original's."""
+    if before.dtype != after.dtype:  # some modules go down to float32 as they run
+        before, after = before.float(), after.float()
     if before.ndim != after.ndim or before.ndim == 0 or not after.numel():
         return {} if before.shape == after.shape else None
     old, new = before.detach().flatten().numpy(), after.detach().flatten().numpy()
@@ -400,19 +405,36 @@ def _with(name: str, tool: str) -> dict[str, Any]:
 
 
 def _make(name: str) -> Model:
-    """In float64, no two weights equal and none zero: the judge goes by values."""
+    """In float64 where it runs so, no two weights equal and none zero: the judge goes by values."""
     made = models()[name]()
     if made is None:
         raise Refused("its files cannot be had here")
-    model, inputs = made[0].double(), made[1]
+    model, inputs = made[0].double(), _double(made[1])
+    try:
+        with torch.no_grad():
+            runner(model, inputs)()
+    except RuntimeError:  # code that insists on float32
+        model, inputs = model.float(), made[1]
     generator = torch.Generator().manual_seed(7)
     size = 1e-9 if name.startswith("real") else 1e-3
     with torch.no_grad():
-        for parameter in model.parameters():
+        for path, parameter in model.named_parameters():
             parameter.requires_grad_(parameter.is_floating_point())
-            if parameter.is_floating_point():
-                parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64), alpha=size)
-    return model, _double(inputs)
+            if parameter.is_floating_point() and not may_be_missing(model, path):  # a table that its class computes
+                _disturb(parameter, size, generator)
+    return model, inputs
+
+
+def _disturb(parameter: Tensor, size: float, generator: torch.Generator) -> None:
+    """Add noise until no two values are equal."""
+    again = torch.ones(parameter.shape, dtype=torch.bool)
+    for _ in range(100):
+        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter.dtype)
+        parameter.add_(torch.where(again, noise * size, 0.0))
+        _, place, count = torch.unique(parameter, return_inverse=True, return_counts=True)
+        again = count[place] > 1
+        if not again.any():
+            return
 
 
 def _double(inputs: Any) -> Any:
@@ -439,7 +461,8 @@ def _ours(model: nn.Module, plans: list[Any], config: Any, inputs: Any) -> dict[
     found: dict[str, Any] = {}
     write_ = writing(model, inputs)
     if write_ is not None:
-        found["generates"] = bool(torch.equal(write_(4, True), write_(4, False)))
+        with contextlib.suppress(RuntimeError, ValueError):  # as the original: apply_ has seen to that
+            found["generates"] = bool(torch.equal(write_(4, True), write_(4, False)))
     with tempfile.TemporaryDirectory() as folder:
         split = any(isinstance(m, SplitAttention) for m in model.modules())
         if config is not None:

@@ -22,9 +22,11 @@ def test_public_names():
         "Report",
         "SecateurError",
         "__version__",
+        "load",
         "method",
         "prune",
         "prune_",
+        "structure",
     ]
     assert all(getattr(secateur, name).__doc__ for name in secateur.__all__ if name != "__version__")
 
@@ -45,6 +47,7 @@ def imports(folder: str) -> dict[Path, set[str]]:
     [
         ("weights", ("secateur.stream", "secateur.recipe", "secateur.plan", "secateur.prune", "secateur.pipeline")),
         ("stream", ("secateur.recipe", "secateur.plan", "secateur.prune", "secateur.weights.criteria")),
+        ("structure", ("secateur.prune", "secateur.pipeline", "secateur.plan", "secateur.smaller", "secateur.cli")),
         ("measure", ("secateur.prune", "secateur.pipeline", "secateur.stream", "secateur.weights")),
         ("", ("secateur.cli",)),
     ],

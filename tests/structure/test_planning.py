@@ -9,13 +9,15 @@ import json
 import numpy as np
 import pytest
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from nets import NETS
 from torch import nn
 
+from conftest import TINY
 from secateur.errors import SecateurError
-from secateur.structure import Couplings, Plan, apply_, importance, plan, trace
+from secateur.structure import Couplings, Plan, apply_, importance, plan, plan_heads, trace
 from secateur.structure.budget import Costs
 from secateur.structure.criteria import CRITERIA, REDUCTIONS
 from secateur.structure.rehearsal import share
@@ -356,3 +358,61 @@ def test_block_shares_stay_even(traced):
     removal = next(r for r in found.removals if r.coupling == grouped.name)
     kept = np.concatenate([np.arange(a, b) for a, b in removal.kept])
     assert all(np.isin(block, kept).sum() == 1 for block in grouped.blocks)
+
+
+# By number
+
+
+def test_heads_by_their_numbers():
+    """What is left of an attention is the attention over the other heads."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 24, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 16}
+    model = transformers.BertModel(transformers.BertConfig(vocab_size=32, **sizes), add_pooling_layer=False).eval()
+    ids = {"input_ids": torch.arange(14).view(2, 7)}
+    found = plan_heads(trace(model, ids), {0: [1], 1: [0, 3]})
+    masked = copy.deepcopy(model)
+    with torch.no_grad():
+        for layer, gone in ((0, [1]), (1, [0, 3])):
+            output = masked.encoder.layer[layer].attention.output.dense
+            for head in gone:
+                output.weight[:, 6 * head : 6 * head + 6] = 0
+    apply_(model, found, ids)
+    assert model.encoder.layer[1].attention.self.query.out_features == 12
+    torch.testing.assert_close(model(**ids).last_hidden_state, masked(**ids).last_hidden_state)
+
+
+def test_grouped_heads_go_in_whole_groups():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY | sizes)).eval()
+    ids = {"input_ids": torch.arange(14).view(2, 7), "use_cache": False}
+    couplings = trace(model, ids)
+    with pytest.raises(SecateurError, match="groups of 2"):
+        plan_heads(couplings, {0: [1]})
+    with pytest.raises(SecateurError, match="found none"):
+        plan_heads(couplings, {7: [1]})
+    apply_(model, plan_heads(couplings, {0: [2, 3]}), ids)
+    assert model.model.layers[0].self_attn.k_proj.out_features == 8
+    assert model.model.layers[1].self_attn.k_proj.out_features == 16
+
+
+@pytest.mark.parametrize(
+    ("units", "words"),
+    [
+        ({"nothing": [0]}, "no coupling"),
+        ({"attention:heads": [4]}, "units 0 to 3"),
+        ({"attention:heads": [0, 1, 2, 3]}, "some have to stay"),
+        ({"attention:heads": []}, "some have to stay"),
+    ],
+)
+def test_units_that_make_no_sense(units, words, traced):
+    with pytest.raises(SecateurError, match=words):
+        plan(traced["attention by attributes"], units=units)
+
+
+def test_units_of_blocks_go_evenly(traced):
+    grouped = next(c for c in traced["u net"] if len(c.blocks) == 4)
+    with pytest.raises(SecateurError, match="equal shares"):
+        plan(traced["u net"], units={grouped.name: [0]})
+    found = plan(traced["u net"], units={grouped.name: [int(block[0]) for block in grouped.blocks]})
+    assert next(r.left for r in found.removals if r.coupling == grouped.name) == 4

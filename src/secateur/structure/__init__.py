@@ -4,7 +4,7 @@ from secateur.structure.apply import apply_
 from secateur.structure.coupling import Coupling, Slice
 from secateur.structure.couplings import Couplings, trace
 from secateur.structure.criteria import importance
-from secateur.structure.planning import Plan, plan, plan_layers
+from secateur.structure.planning import Plan, plan, plan_heads, plan_layers
 from secateur.structure.saved import load, save
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "importance",
     "load",
     "plan",
+    "plan_heads",
     "plan_layers",
     "save",
     "trace",

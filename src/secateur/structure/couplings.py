@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
+from secateur.errors import SecateurError
 from secateur.stream.blocks import find_blocks
 from secateur.structure.attention import replace_
 from secateur.structure.coupling import Coupling
@@ -53,16 +56,62 @@ def trace(model: nn.Module, example_inputs: Inputs) -> Couplings:
 
     Raises SecateurError when the model does not run on the inputs. The model is left as it was.
     """
+    check_traceable(model)
     run = runner(model, example_inputs)
     with evaluating(model):
         undo = replace_(model)
         try:
-            facts = follow(model, run, writing(model, example_inputs))
+            with explained(model, example_inputs):
+                facts = follow(model, run, writing(model, example_inputs))
             parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
             found = named(rehearsed(model, facts, parameters, run), tensors_of(model), list(find_blocks(model)))
             return Couplings(model, found, _protected(model, facts), facts, example_inputs)
         finally:
             undo()
+
+
+def check_traceable(model: nn.Module) -> None:
+    """Raises SecateurError for what cannot be followed: compiled and scripted modules, wrappers of a process group."""
+    if isinstance(model, torch.jit.ScriptModule):
+        raise SecateurError("a scripted module cannot be cut: give the nn.Module that it was made from")
+    if hasattr(model, "_orig_mod"):
+        raise SecateurError("a compiled module cannot be cut: give the module under torch.compile (model._orig_mod)")
+    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        raise SecateurError(f"cut the module itself, not {type(model).__name__}: give model.module")
+    if not any(True for _ in model.parameters()):
+        raise SecateurError(f"{type(model).__name__} has no parameters: nothing can be removed")
+    if on_meta(model) and any(buffer.device.type != "meta" for buffer in model.buffers()):
+        raise SecateurError("parameters are on the meta device and buffers are not: move all of it, model.to('meta')")
+
+
+@contextlib.contextmanager
+def explained(model: nn.Module, inputs: Inputs) -> Iterator[None]:
+    """Turn what a forward raises into one clear error."""
+    try:
+        yield
+    except SecateurError:
+        raise
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise SecateurError(
+            f"{type(model).__name__} takes decisions by values ({error.func}), and on the meta device there are none.\n"
+            "  Trace it with its weights in memory."
+        ) from None
+    except (TypeError, ValueError, LookupError, RuntimeError, AttributeError, AssertionError) as error:
+        wanted = ", ".join(inspect.signature(model.forward).parameters)
+        raise SecateurError(
+            f"{type(model).__name__} does not run on the example inputs ({_shapes(inputs)}): {error}\n"
+            f"  Give what its forward takes ({wanted}): a mapping of names, a sequence in their order, or one tensor."
+        ) from error
+
+
+def _shapes(inputs: Inputs) -> str:
+    if isinstance(inputs, Tensor):
+        return str(list(inputs.shape))
+    if isinstance(inputs, Mapping):
+        return ", ".join(
+            f"{name} {_shapes(value) if isinstance(value, Tensor) else value}" for name, value in inputs.items()
+        )
+    return ", ".join(_shapes(value) if isinstance(value, Tensor) else type(value).__name__ for value in inputs)
 
 
 @contextlib.contextmanager

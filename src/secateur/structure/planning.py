@@ -158,6 +158,7 @@ def plan(
     *,
     remove: Mapping[str, float] | None = None,
     target: Mapping[str, float] | None = None,
+    units: Mapping[str, Sequence[int]] | None = None,
     criterion: str = "magnitude",
     batches: Sequence[Any] = (),
     loss: Loss | None = None,
@@ -175,6 +176,7 @@ def plan(
 
     remove: kind or glob -> the share of units that goes (or their number, where it is 1 or more), such as
     {"ffn": 0.3, "heads": 0.25}. target instead: what may remain at most, {"macs": 0.5} or {"bytes": 200e6}.
+    units instead: the very units that go, coupling -> their numbers; equally many from each of its blocks.
     criterion, batches, loss, reduce: see `importance`; or scores of your own, coupling -> [units].
     allocation: of a target: the same share from every coupling ("uniform") or the least important units of all ("global").
     include, protect: kinds or globs that a target takes from, or that nothing is taken from.
@@ -184,8 +186,11 @@ def plan(
     Raises SecateurError before anything is computed where the request makes no sense, and when the target is out of reach
     or the cut model does not compute what the masked one does.
     """
-    if (remove is None) == (target is None):
+    if sum(asked is not None for asked in (remove, target, units)) != 1:
         raise SecateurError("say either what to remove ({'ffn': 0.3}) or what may remain (target={'macs': 0.5})")
+    if units is not None:
+        chosen_units = _by_number(couplings, units)
+        return _proven(couplings, chosen_units, Costs(couplings), lambda coupling: coupling.name in units)
     if allocation not in ALLOCATIONS:
         raise SecateurError(f"unknown allocation {allocation!r}; known for structure: {', '.join(ALLOCATIONS)}")
     _check_shares(remove or {}, target or {})
@@ -216,6 +221,53 @@ def plan(
     if not removed:
         raise SecateurError("nothing would go: the request is smaller than a single step of every coupling")
     return _proven(couplings, removed, costs, chosen)
+
+
+def _by_number(couplings: Couplings, units: Mapping[str, Sequence[int]]) -> dict[int, Ints]:
+    """Units that were named, checked. Raises SecateurError."""
+    places = {coupling.name: number for number, coupling in enumerate(couplings)}
+    found = {}
+    for name, numbers in units.items():
+        if name not in places:
+            raise SecateurError(f"{name!r} is no coupling of this model{nearest(name, places)}")
+        coupling = couplings[places[name]]
+        wanted = np.unique(np.asarray(numbers, np.int64))
+        if not len(wanted) or wanted[0] < 0 or wanted[-1] >= coupling.size or len(wanted) == coupling.size:
+            raise SecateurError(
+                f"{name} has units 0 to {coupling.size - 1}, of which some have to stay; given: {numbers}"
+            )
+        shares = {np.isin(block, wanted).mean() for block in coupling.blocks}
+        if len(shares) > 1:
+            raise SecateurError(
+                f"{name} loses equal shares of each of its {len(coupling.blocks)} blocks; given: {numbers}"
+            )
+        found[places[name]] = wanted
+    return found
+
+
+def plan_heads(couplings: Couplings, heads: Mapping[int, Sequence[int]]) -> Plan:
+    """A plan that removes attention heads by their numbers: layer -> query heads, as transformers' prune_heads took them.
+
+    With grouped queries a key-value head goes with all of its query heads, so that whole groups have to be named.
+    Raises SecateurError when that is not so, or a layer has no such heads.
+    """
+    units: dict[str, list[int]] = {}
+    for layer, numbers in heads.items():
+        found = [c for c in couplings if c.kind == "heads" and f".{layer}." in f".{c.name.replace(':', '.')}."]
+        if len(found) != 1:
+            what = "none" if not found else f"several: {', '.join(c.name for c in found)}"
+            raise SecateurError(f"layer {layer}: expected one group of attention heads, found {what}")
+        coupling = found[0]
+        inner = [c for c in couplings if c.kind == "queries" and c.name.split(":")[0] == coupling.name.split(":")[0]]
+        each = inner[0].size if inner else 1
+        groups = sorted({number // each for number in numbers})
+        if len(set(numbers)) != each * len(groups):
+            raise SecateurError(
+                f"layer {layer}: its query heads come in groups of {each} that share keys and values; name whole groups "
+                f"(0 to {each - 1}, {each} to {2 * each - 1}, ..), given: {sorted(numbers)}"
+            )
+        units[coupling.name] = groups
+    return plan(couplings, units=units)
 
 
 def plan_layers(

@@ -139,6 +139,8 @@ def _plain(shape: Sequence[int]) -> Dims:
 def view(call: Call) -> list[Dims]:
     """Row-major reshaping: flattened dimensions are products, and split ones are factors."""
     source, shape = call.args[0], call.outputs[0]
+    if call.arg("dtype") is not None and shape != source.shape:  # the same bytes as other numbers
+        return unknown(call)
     dims: Dims = [None] * len(shape)
     for inputs, outputs in regrouped(source.shape, shape):
         flat, size = None, 1
@@ -771,5 +773,5 @@ RULES: dict[str, Rule] = {
     **_rows(created, "zeros ones full empty new_zeros new_ones new_full new_empty rand randn empty_strided"),
     **_rows(constant, "arange linspace scalar_tensor eye tril_indices triu_indices nonzero bincount histc randperm"),
     **_rows(constant, "_local_scalar_dense item is_nonzero equal randint isin searchsorted bucketize one_hot"),
-    **_rows(constant, "unique unique_consecutive _unique2 _is_all_true _is_any_true"),
+    **_rows(constant, "unique_consecutive _unique2 _is_all_true _is_any_true"),
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from secateur._version import __version__
 from secateur.errors import SecateurError
 from secateur.probe import answer, difference, digest
+from secateur.stream.checkpoint import DTYPES, Checkpoint, open_checkpoint
+from secateur.stream.naming import Naming
+from secateur.stream.skeleton import may_be_missing
 from secateur.structure.apply import reshape_
 from secateur.structure.couplings import Inputs, evaluating, runner
 from secateur.structure.hf_config import configs_for
@@ -57,7 +60,9 @@ def save(model: nn.Module, plans: Sequence[Plan], out: Path, config: Any = None,
     }
     (out / MANIFEST).write_text(json.dumps(content, indent=1, allow_nan=False), encoding="utf-8")
     if how == OURS and config is not None:
-        _compare(load(out), checks, want, "secateur.load")
+        again = load(out)
+        _compute_alike(again, model)
+        _compare(again, checks, want, "secateur.load")
     return how
 
 
@@ -96,14 +101,21 @@ def _stock(
     current = model.config
     for found in itertools.islice(configs_for(model, start, shapes, ratios), CONFIGS):
         model.config = found
-        model.save_pretrained(out)  # type: ignore[operator]
         try:
+            model.save_pretrained(out)  # type: ignore[operator]
             again = type(model).from_pretrained(out, dtype=next(model.parameters()).dtype)  # type: ignore[attr-defined]
+            _compute_alike(again, model)
             _compare(again, checks, want, "stock transformers")
             return True
-        except (SecateurError, RuntimeError, ValueError, TypeError, AttributeError):
+        except Exception:  # of transformers' many checks of a config; then it is not this one
             model.config = current
     return False
+
+
+def _compute_alike(again: Any, model: Any) -> None:
+    """Experts one by one, or as a grouped product: as the model in memory does it."""
+    if hasattr(again, "set_experts_implementation"):
+        again.set_experts_implementation(model.get_experts_implementation())
 
 
 def _answers(model: nn.Module, checks: Sequence[Inputs]) -> list[Tensor]:
@@ -185,21 +197,30 @@ def _rebuilt(path: Path, plans: Sequence[Plan]) -> nn.Module:
     model = kind._from_config(config, dtype=config.dtype or torch.float32)
     for plan in plans:
         reshape_(model, plan)
-    _fill(model, _weights_of(path))
+    checkpoint = open_checkpoint(path)
+    _fill(model, dict(_converted(model, checkpoint)))
     model.tie_weights()
     return model
 
 
-def _weights_of(path: Path) -> dict[str, Tensor]:
-    files = sorted(path.glob("*.safetensors"))
-    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+def _converted(model: nn.Module, checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors of the model, from those on disk: prefixes, renamed layers, experts stored one by one."""
+
+    def blank(name: str) -> Tensor:
+        entry = checkpoint.entries[name]
+        return torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="meta")
+
+    naming = Naming(model, checkpoint.entries, blank)
+    for group in naming.groups.values():
+        yield from naming.assemble(group, checkpoint.read).items()
 
 
 def _fill(model: nn.Module, weights: dict[str, Tensor]) -> None:
     """Load a state dict; of tied tensors one name is enough."""
     missing, unexpected = model.load_state_dict(weights, strict=False)
     given = {tensor.data_ptr() for name, tensor in model.state_dict().items() if name in weights}
-    lacking = [name for name in missing if model.state_dict()[name].data_ptr() not in given]
+    absent = [name for name in missing if model.state_dict()[name].data_ptr() not in given]
+    lacking = [name for name in absent if not may_be_missing(model, name)]  # what its class computes was cut with it
     if unexpected or lacking:
         which = f"{unexpected[0]} is not of the model" if unexpected else f"{lacking[0]} is missing"
         raise SecateurError(f"the weights do not fit the planned model: {which}")

@@ -98,7 +98,11 @@ class Watch(TorchDispatchMode):
         call = Call(
             facts.ids, f"aten.{name}", seen[0], named, shapes, facts.equal_parts, reductions, self.groups, facts.work
         )
-        found = rule(call)
+        try:
+            found = rule(call)
+        except (LookupError, TypeError, ValueError, AttributeError):  # called in a way that its rule does not expect
+            self.facts.unknown.setdefault(f"{func}", where)
+            found = unknown(call)
         self.facts.reductions += [(dim, where) for dim in reductions if dim is not None]
         for result, dims in zip(results, found, strict=True):
             self._keep(result, dims)
@@ -176,7 +180,8 @@ def follow(model: nn.Module, run: Callable[[], Any], also: Callable[[], Any] | N
         output = run()
         work = list(facts.work)
         if also is not None:
-            also()
+            with contextlib.suppress(RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError):
+                also()  # where the model itself cannot, there is nothing to follow
     facts.uses, facts.work = uses.found, work
     for tensor in outputs_of(output):
         for dim in watch.dims_of(tensor):
