@@ -41,7 +41,7 @@ from secateur.structure.apply import dead_from
 from secateur.structure.attention import SplitAttention, replace_
 from secateur.structure.couplings import runner, writing
 from secateur.structure.proof import Masked, difference
-from secateur.structure.surgery import Cut, alive_in, mask_
+from secateur.structure.surgery import Cut, mask_
 from secateur.structure.watch import follow, located, outputs_of, plainly
 
 PEERS = ROOT / "build/peers"
@@ -293,6 +293,8 @@ def kept_indices(before: Tensor, after: Tensor) -> dict[int, np.ndarray] | None:
         before, after = before.float(), after.float()
     if before.ndim != after.ndim or before.ndim == 0 or not after.numel():
         return {} if before.shape == after.shape else None
+    if len(torch.unique(before)) < before.numel():
+        return _kept_slices(before.detach(), after.detach())
     old, new = before.detach().flatten().numpy(), after.detach().flatten().numpy()
     order = np.argsort(old, kind="stable")
     places = np.searchsorted(old[order], new)
@@ -310,6 +312,24 @@ def kept_indices(before: Tensor, after: Tensor) -> dict[int, np.ndarray] | None:
         if len(rows) < before.shape[dim]:
             kept[dim] = rows[:, 0].copy()
     return kept
+
+
+def _kept_slices(before: Tensor, after: Tensor) -> dict[int, np.ndarray] | None:
+    """The same for values of which some are equal (a table of sines): by whole slices, where one dimension is cut."""
+    cut = [dim for dim in range(before.ndim) if before.shape[dim] != after.shape[dim]]
+    if not cut:
+        return {} if torch.equal(before, after) else None
+    if len(cut) > 1:
+        return None
+    old, new = before.movedim(cut[0], 0), after.movedim(cut[0], 0)
+    kept: list[int] = []
+    for row in new:
+        start = kept[-1] + 1 if kept else 0
+        place = next((i for i in range(start, len(old)) if torch.equal(old[i], row)), None)
+        if place is None:
+            return None
+        kept.append(place)
+    return {cut[0]: np.array(kept)}
 
 
 def judge(original: nn.Module, cut: nn.Module, inputs: Any) -> dict[str, Any]:
@@ -352,7 +372,7 @@ def _apart(original: nn.Module, kept: dict[str, dict[int, np.ndarray]], inputs: 
     dead = dead_from(facts, cut)
     undo = mask_(original, cut)
     try:
-        masked = Masked(original, facts, lambda dim: alive_in(facts, dim, dead))
+        masked = Masked(original, facts, dead)
         with plainly(original), located(original, masked.where), masked:
             want = [t for t in outputs_of(run()) if t.is_floating_point()]
         return min(plain, difference(want, got))

@@ -140,7 +140,10 @@ def _phone() -> tuple[Advice, ...]:
 
 def _remove(effect: str) -> Advice:
     return Advice(
-        "remove whole layers, heads or widths", effect, "structured pruning, then some training to recover", LATER
+        "remove whole layers, heads or widths",
+        effect,
+        "secateur prune --remove ffn=30% heads=25%, then some training to recover",
+        HERE,
     )
 
 

@@ -25,6 +25,7 @@ from secateur.plan import Plan
 from secateur.prune import LayerReport, Report
 from secateur.recipe import ABOUT, METHODS, Recipe, to_yaml
 from secateur.smaller import Shrunk
+from secateur.structure.survey import Survey
 
 WORST = 5  # layers by error
 NOTES = 5  # shown of each kind
@@ -309,12 +310,34 @@ def diagnosis(found: doctor.Diagnosis, names: bool) -> RenderableType:
     parts += [Text(remark, style="yellow") for remark in found.remarks]
     if found.layers:
         parts += [_groups("can be pruned", found.layers), _groups("protected", found.protected), *_patterns(found)]
+    if found.structure is not None:
+        parts += _structure(found.structure)
+    elif found.structure_remark:
+        parts.append(Text(f"structure: {found.structure_remark}", style="yellow"))
     if found.expected:
         parts.append(_expected(found))
     parts += [_advice(aim, advice) for aim, advice in found.advice.items()]
     if names:
         parts += [Text(f"{name}{'' if reason is None else f'    {reason}'}") for name, reason in found.names.items()]
     return _spaced(*parts)
+
+
+def _structure(found: Survey) -> list[RenderableType]:
+    """What --remove can name, and the reasons for the rest."""
+    table = _table(
+        "structure, for --remove", "couplings", "units of each", "removed equals", "loads with", right=(1, 2)
+    )
+    for stack, count in found.blocks.items():
+        table.add_row(f"layers ({stack})", "1", str(count), "skipped", "stock, mostly")
+    for row in found.removable:
+        sizes = f"{row.sizes[0]:,}" if len(row.sizes) == 1 else f"{row.sizes[0]:,} to {row.sizes[-1]:,}"
+        promise = "masked" if row.exact else "masked, norms recomputed"
+        table.add_row(row.kind, str(row.couplings), sizes, promise, row.loads or "secateur.load")
+    reasons = _table("structure that stays", "because")
+    for reason, names in found.protected.items():
+        more = f" and {len(names) - 3} more" if names[3:] else ""
+        reasons.add_row(", ".join(names[:3]) + more, reason)
+    return [table, reasons] if found.protected else [table]
 
 
 def _headline(found: doctor.Diagnosis) -> str:

@@ -19,9 +19,11 @@ from secateur.pipeline import HOLDOUT, load_tokenizer, resolve
 from secateur.plan import Plan, make_plan
 from secateur.prune import GRADIENTS
 from secateur.recipe import Calibration, method
+from secateur.smaller import look
 from secateur.stream.blocks import find_blocks
 from secateur.stream.checkpoint import read_json
 from secateur.stream.source import Source
+from secateur.structure.survey import Survey
 from secateur.weights.granularity import parse
 from secateur.weights.layers import Layer, all_layers
 
@@ -62,6 +64,8 @@ class Diagnosis:
     expected: Mapping[str, Expected] = field(default_factory=dict)
     memory: int = 0  # available
     advice: Mapping[str, tuple[Advice, ...]] = field(default_factory=dict)
+    structure: Survey | None = None
+    structure_remark: str = ""  # why nothing is known of the structure
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -91,6 +95,7 @@ def diagnose(
     parameters = count_weights(source.model)
     share = sum(s.layer.shape[0] * s.layer.shape[1] for s in plan.settings) / max(parameters, 1)
     facts = Facts(source.checkpoint.bytes, parameters, share, not undivided["2:4"])
+    structure, remark = _structure(source.model)
     return Diagnosis(
         folder.name,
         type(source.model).__name__,
@@ -110,7 +115,16 @@ def diagnose(
         _expected(source, load),
         available_memory(),
         advise(facts),
+        structure,
+        remark,
     )
+
+
+def _structure(skeleton: nn.Module) -> tuple[Survey | None, str]:
+    try:
+        return look(skeleton), ""
+    except SecateurError as error:
+        return None, str(error).splitlines()[0]
 
 
 def _cannot(folder: Path, error: SecateurError) -> Diagnosis:

@@ -41,9 +41,11 @@ from secateur.structure.planning import ALLOCATIONS
 from secateur.structure.saved import write_config
 from secateur.structure.selection import LEAST
 from secateur.structure.shards import check_shards, cut_checkpoint, tensors_of_source
+from secateur.structure.survey import Survey, survey
 
 HOLDOUT = 8  # windows on which a language model is measured before and after
 REPEATS = 7  # of a timed forward, before and after
+SMALL = 200_000_000  # parameters of a model that is looked at with random weights
 
 
 class Smaller(Part):
@@ -397,6 +399,21 @@ def _on_shards(
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
+
+
+def look(skeleton: nn.Module, seed: int = 0) -> Survey:
+    """What can be removed from the model of a config. Its weights do not matter: random ones do for a small model, and none
+    for a large one.
+    """
+    small = sum(p.numel() for p in skeleton.parameters()) < SMALL
+    if small:
+        model = type(skeleton)._from_config(copy.deepcopy(skeleton.config), dtype=torch.float32).eval()  # type: ignore
+        make_observable(model)
+        example = _first_that_runs(model, _examples(model, seed))
+    else:
+        model = _without_memory(skeleton)
+        example = _examples(model, seed)[0]
+    return survey(trace(model, {**example, **no_cache(model)}))
 
 
 def _without_memory(skeleton: nn.Module) -> nn.Module:

@@ -16,7 +16,7 @@ from secateur.structure.attention import replace_
 from secateur.structure.couplings import runner
 from secateur.structure.proof import Wrong, check, run_listening
 from secateur.structure.rehearsal import check_removal, enlarged
-from secateur.structure.surgery import Cut, alive_in, cut_of, dead_of
+from secateur.structure.surgery import Cut, cut_of, dead_of
 
 EXACT = 1e-9
 REFUSED = {  # what must not be offered for removal, and a word of the reason
@@ -147,9 +147,8 @@ def _is_caught(couplings, right, tensor, dims, dead, run, reference) -> bool:
     wrong = {name: dict(places) for name, places in right.kept.items()}
     wrong[tensor][place] = shifted
     try:
-        alive = lambda dim: alive_in(couplings.facts, dim, dead)  # noqa: E731
         cut = Cut(wrong, right.attributes)
-        got = check(couplings.model, couplings.facts, cut, run, reference, alive, masked=right)
+        got = check(couplings.model, couplings.facts, cut, run, reference, dead, masked=right)
     except Wrong:
         return True
     return got.difference > 1e-6

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from secateur.forward import no_cache
 from secateur.structure.couplings import Couplings, runner
-from secateur.structure.watch import Facts, Watch, located, plainly
+from secateur.structure.watch import Facts, Watch, another_run, located, plainly
 
 
 @dataclass
@@ -51,7 +51,7 @@ class Read(Watch):
     """Sums up what parameters are multiplied with."""
 
     def __init__(self, model: nn.Module, facts: Facts) -> None:
-        super().__init__(model, Facts(facts.ids, dict(facts.dims)))
+        super().__init__(model, another_run(facts))
         self.moments: dict[tuple[str, int], Moments] = {}
         self._owners: dict[int, str] = {}
         for name, parameter in model.named_parameters():

@@ -18,7 +18,7 @@ from secateur.structure.planning import Plan, indices_of, inputs_from
 from secateur.structure.proof import Wrong, check, run_listening
 from secateur.structure.rehearsal import compared
 from secateur.structure.sizes import Values, owners
-from secateur.structure.surgery import Cut, alive_in, cut_, cut_of
+from secateur.structure.surgery import Cut, cut_, cut_of
 from secateur.structure.watch import Facts, follow, on_meta, outputs_of, tensors_of
 
 TOKENS = 4  # that a language model writes in the proof
@@ -71,7 +71,7 @@ def _cut(model: nn.Module, plan: Plan, inputs: Inputs, run: Callable[[], Any], b
     if _plain(cut_of(facts, dead)) != _plain(cut):
         raise Wrong("its couplings are not those of this model")
     with compared(model, run) as (reference, tolerance):
-        seen = check(model, facts, cut, run, reference, lambda dim: alive_in(facts, dim, dead))
+        seen = check(model, facts, cut, run, reference, dead)
     if not seen.difference <= tolerance:
         raise Wrong(f"removing differs from zeroing by {seen.difference:.1e} of the largest output")
     back.append(cut_(model, cut))

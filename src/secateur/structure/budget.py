@@ -41,7 +41,7 @@ class Costs:
         self._facts = facts
         self._owner = np.full(facts.ids.count, -1)
         for number, coupling in enumerate(couplings):
-            self._owner[coupling.roots] = number
+            self._owner[facts.ids.find(coupling.roots)] = number
         self._known: dict[int, tuple[tuple[int, tuple[int, ...]], ...]] = {}
         self._terms: dict[str, list[_Product]] = {name: [] for name in COSTS}
         trained = {name for name, _ in couplings.model.named_parameters()}

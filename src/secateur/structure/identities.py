@@ -31,6 +31,14 @@ class Identities:
         self.reasons: list[str] = [""]
         self._reason_ids: dict[str, int] = {"": 0}
 
+    def copy(self) -> Identities:
+        """The same statements, to be added to elsewhere."""
+        twin = Identities()
+        twin._used, twin.reasons, twin._reason_ids = self._used, list(self.reasons), dict(self._reason_ids)
+        for name in ("_parent", "_left", "_right", "_inner", "_why"):
+            setattr(twin, name, getattr(self, name).copy())
+        return twin
+
     # Making
 
     def new(self, count: int) -> Indices:
@@ -254,8 +262,11 @@ class Identities:
     def _all_protected(self, dim: Indices) -> bool:
         return bool((self._why[self.find(dim)] > 0).all())
 
-    def factors(self, dim: Indices) -> list[Indices]:
-        """The free factors of each index, as columns of roots; -1 where an index has no more of them."""
+    def factors(self, dim: Indices, protected: bool = False) -> list[Indices]:
+        """The free factors of each index, as columns of roots; -1 where an index has no more of them.
+
+        protected: those that are not free as well.
+        """
         todo, found = [self.find(dim)], []
         for _ in range(DEPTH):
             if not todo:
@@ -263,9 +274,10 @@ class Identities:
             later = []
             for column in todo:
                 there = column >= 0
-                product = there & (self._left[column] >= 0) & (self._why[column] == 0)
+                free = there if protected else there & (self._why[column] == 0)
+                product = free & (self._left[column] >= 0)
                 if not product.any():
-                    found.append(np.where(there & (self._why[column] == 0), column, -1))
+                    found.append(np.where(free, column, -1))
                     continue
                 safe = np.where(product, column, 0)
                 later.append(np.where(product, self._safe_find(self._left[safe]), column))

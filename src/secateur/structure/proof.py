@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from secateur.structure.identities import Dim
 from secateur.structure.surgery import Cut, cut_, mask_
-from secateur.structure.watch import Facts, Watch, located, outputs_of, plainly
+from secateur.structure.watch import Facts, Watch, another_run, located, outputs_of, plainly
 
 NORMS = frozenset({"native_layer_norm", "native_group_norm", "_fused_rms_norm"})
 REDUCTIONS = frozenset({"mean", "sum", "var", "var_mean", "std", "std_mean", "norm", "linalg_vector_norm"})
@@ -77,10 +78,20 @@ class Listen(TorchDispatchMode):
 class Masked(Watch):
     """What a masked model is run under: means and norms run over the indices that are left."""
 
-    def __init__(self, model: nn.Module, facts: Facts, alive: Callable[[Dim], Any]) -> None:
-        super().__init__(model, Facts(facts.ids, dict(facts.dims)))
-        self._alive = alive
+    def __init__(self, model: nn.Module, facts: Facts, dead: NDArray[np.bool_]) -> None:
+        super().__init__(model, another_run(facts))
+        self._dead = dead
         self.restricted = False
+
+    def _alive(self, dim: Dim) -> NDArray[np.bool_] | None:
+        """Which indices have no dead factor, whatever has been protected meanwhile."""
+        if dim is None:
+            return None
+        alive = np.ones(len(dim), bool)
+        for column in self.facts.ids.factors(dim, protected=True):
+            known = (column >= 0) & (column < len(self._dead))
+            alive &= ~(known & self._dead[np.where(known, column, 0)])
+        return alive
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name.removeprefix("aten::")
@@ -179,17 +190,17 @@ def check(
     cut: Cut,
     run: Callable[[], Any],
     reference: Numbers,
-    alive: Callable[[Dim], Any],
+    dead: NDArray[np.bool_],
     masked: Cut | None = None,
 ) -> Checked:
     """Cut, run, undo; mask, run, undo; compare. The model is as it was afterwards. Raises Wrong.
 
-    masked: what to mask where that is not what is cut, to test this very check.
+    dead: which identities the cut removes. masked: what to mask where that is not what is cut, to test this very check.
     """
     got, answer = _first_that_runs(model, cut, run, reference)
     if not got or got[0].device.type == "meta":
         return Checked(0.0, False, answer)
-    want, restricted = masked_outputs(model, facts, masked or cut, run, alive)
+    want, restricted = masked_outputs(model, facts, masked or cut, run, dead)
     return Checked(difference(want, got), restricted, answer)
 
 
@@ -214,12 +225,12 @@ def _first_that_runs(
 
 
 def masked_outputs(
-    model: nn.Module, facts: Facts, cut: Cut, run: Callable[[], Any], alive: Callable[[Dim], Any]
+    model: nn.Module, facts: Facts, cut: Cut, run: Callable[[], Any], dead: NDArray[np.bool_]
 ) -> tuple[list[Tensor], bool]:
     """The outputs of the masked model, and whether a mean or norm ran over what is left."""
     undo = mask_(model, cut)
     try:
-        masked = Masked(model, facts, alive)
+        masked = Masked(model, facts, dead)
         with plainly(model), located(model, masked.where), masked:
             output = run()
         return _real(output), masked.restricted

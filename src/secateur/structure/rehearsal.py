@@ -19,7 +19,7 @@ from torch import nn
 from secateur.structure.coupling import Coupling, Ints, find_couplings
 from secateur.structure.proof import Checked, Numbers, Wrong, check, run_listening
 from secateur.structure.sizes import Clash
-from secateur.structure.surgery import alive_in, cut_of, dead_of
+from secateur.structure.surgery import cut_of, dead_of
 from secateur.structure.watch import Facts, tensors_of
 
 SMALL = 200_000_000  # parameters of a model that is rehearsed in float64
@@ -161,7 +161,7 @@ def check_removal(
 ) -> Checked:
     """Cut, run, undo, mask, run, undo, compare. Raises Clash and Wrong."""
     dead = dead_of(facts, removed)
-    return check(model, facts, cut_of(facts, dead), run, reference, lambda dim: alive_in(facts, dim, dead))
+    return check(model, facts, cut_of(facts, dead), run, reference, dead)
 
 
 def _likeness(coupling: Coupling) -> object:

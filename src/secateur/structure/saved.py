@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 from collections.abc import Iterator, Sequence
@@ -57,6 +58,7 @@ def save(model: nn.Module, plans: Sequence[Plan], out: Path, config: Any = None,
         "loads with": how,
         "plans": [plan.to_json() for plan in plans],
         "probe": digest(_answers(model, [inputs_from(plans[-1].inputs)])[0]),
+        "experts": model.get_experts_implementation() if hasattr(model, "get_experts_implementation") else None,  # type: ignore[operator]
     }
     (out / MANIFEST).write_text(json.dumps(content, indent=1, allow_nan=False), encoding="utf-8")
     if how == OURS and config is not None:
@@ -118,6 +120,19 @@ def _compute_alike(again: Any, model: Any) -> None:
         again.set_experts_implementation(model.get_experts_implementation())
 
 
+@contextlib.contextmanager
+def _experts(model: Any, how: str | None) -> Iterator[None]:
+    """Experts are computed in this way meanwhile."""
+    before = model.get_experts_implementation() if how and hasattr(model, "get_experts_implementation") else None
+    if before is not None:
+        model.set_experts_implementation(how)
+    try:
+        yield
+    finally:
+        if before is not None:
+            model.set_experts_implementation(before)
+
+
 def _answers(model: nn.Module, checks: Sequence[Inputs]) -> list[Tensor]:
     with torch.no_grad(), evaluating(model):
         return [answer(runner(model, inputs)()).detach().float().cpu() for inputs in checks]
@@ -152,8 +167,8 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     model.eval()
     if content["probe"] is None:
         return model
-    inputs = inputs_from(plans[-1].inputs)
-    found = digest(_answers(model, [inputs])[0])
+    with _experts(model, content.get("experts")):
+        found = digest(_answers(model, [inputs_from(plans[-1].inputs)])[0])
     apart = difference(torch.tensor(content["probe"]["values"]), torch.tensor(found["values"]))
     if found["shape"] != content["probe"]["shape"] or not apart <= content["probe"]["tolerance"]:
         raise SecateurError(
@@ -194,7 +209,7 @@ def _stock_model(path: Path) -> nn.Module:
 def _rebuilt(path: Path, plans: Sequence[Plan]) -> nn.Module:
     """From the original config, given the shapes of the plans, filled with the weights in the folder."""
     kind, config = _class_of(path)
-    model = kind._from_config(config, dtype=config.dtype or torch.float32)
+    model = kind._from_config(config, dtype=torch.float32)
     for plan in plans:
         reshape_(model, plan)
     checkpoint = open_checkpoint(path)
@@ -216,7 +231,10 @@ def _converted(model: nn.Module, checkpoint: Checkpoint) -> Iterator[tuple[str, 
 
 
 def _fill(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Load a state dict; of tied tensors one name is enough."""
+    """Load a state dict in the dtypes that it has; of tied tensors one name is enough."""
+    for name, tensor in tensors_of(model).items():
+        if name in weights and tensor.dtype != weights[name].dtype:
+            tensor.data = tensor.data.to(weights[name].dtype)
     missing, unexpected = model.load_state_dict(weights, strict=False)
     given = {tensor.data_ptr() for name, tensor in model.state_dict().items() if name in weights}
     absent = [name for name in missing if model.state_dict()[name].data_ptr() not in given]

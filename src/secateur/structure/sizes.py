@@ -167,8 +167,8 @@ class Uses(TorchFunctionMode):
         return out
 
     def note(self, size: Any, dim: Dim) -> None:
-        """A number counts a dimension."""
-        if isinstance(size, Size):
+        """A number counts a dimension; one beyond its end counts nothing."""
+        if isinstance(size, Size) and (dim is None or len(dim) == int(size)):
             self.found.append(Use(size, dim, self._where()))
 
     def dims(self, tensor: Any) -> list[Dim]:

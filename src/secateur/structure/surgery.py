@@ -31,7 +31,7 @@ def dead_of(facts: Facts, removed: Iterable[tuple[Coupling, NDArray[np.int64]]])
     """Which identities die when these units of couplings are removed."""
     dead = np.zeros(facts.ids.count, bool)
     for coupling, units in removed:
-        dead[coupling.roots[units]] = True
+        dead[facts.ids.find(coupling.roots[units])] = True
     return dead
 
 

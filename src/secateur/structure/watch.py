@@ -34,6 +34,13 @@ class Facts:
     uses: list[Use] = field(default_factory=list)
     work: list[Work] = field(default_factory=list)
     operators: int = 0
+    traced: Identities | None = None  # as the run left them: what further runs go on from
+
+
+def another_run(facts: Facts) -> Facts:
+    """Facts to follow another run with, which leave those of the first one alone."""
+    assert facts.traced is not None
+    return Facts(facts.traced.copy(), dict(facts.dims))
 
 
 class Watch(TorchDispatchMode):
@@ -182,7 +189,7 @@ def follow(model: nn.Module, run: Callable[[], Any], also: Callable[[], Any] | N
         if also is not None:
             with contextlib.suppress(RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError):
                 also()  # where the model itself cannot, there is nothing to follow
-    facts.uses, facts.work = uses.found, work
+    facts.uses, facts.work, facts.traced = uses.found, work, facts.ids.copy()
     for tensor in outputs_of(output):
         for dim in watch.dims_of(tensor):
             facts.ids.protect(dim, "an output of the model")
