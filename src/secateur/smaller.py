@@ -37,6 +37,7 @@ from secateur.stream.source import Source
 from secateur.stream.staging import staging_folder
 from secateur.structure import Plan, apply_, importance, plan, plan_layers, save, trace
 from secateur.structure.criteria import CRITERIA
+from secateur.structure.depth import stacks
 from secateur.structure.planning import ALLOCATIONS
 from secateur.structure.saved import write_config
 from secateur.structure.selection import LEAST
@@ -51,8 +52,8 @@ SMALL = 200_000_000  # parameters of a model that is looked at with random weigh
 class Smaller(Part):
     """What to remove from a model's structure.
 
-    remove: kind of structure (ffn, heads, hidden, channels, layers, ..) or glob -> share, or number where it is 1 or more;
-    layers: a number of blocks. target: params, macs or bytes -> the share that may remain.
+    remove: kind of structure (ffn, heads, hidden, channels, layers, ..) or glob -> share, or number where it is 1 or more.
+    target: params, macs or bytes -> the share that may remain.
     """
 
     remove: dict[str, float] | None = None
@@ -212,7 +213,9 @@ class _Work:
         ask = dict(self.wanted.remove or {})
         layers = ask.pop("layers", None)
         if layers is not None:
-            plans.append(self._timed("depth", lambda: self._layers(int(layers))))
+            blocks = sum(len(names) for names in stacks(self.model).values())
+            count = round(layers * blocks) if layers < 1 else int(layers)
+            plans.append(self._timed("depth", lambda: self._layers(count)))
         if ask or self.wanted.target:
             plans.append(self._timed("width", lambda: self._widths(ask or None)))
         return plans

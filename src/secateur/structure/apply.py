@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from secateur.errors import SecateurError
 from secateur.structure import depth
@@ -196,10 +196,3 @@ def _writes_alike(model: Any, inputs: Inputs, failure: type[Exception] | None = 
 def parameter_map(plan: Plan) -> Mapping[str, Mapping[int, Any]]:
     """Old to new: tensor -> dimension -> the old indices that its new ones had."""
     return {n: {d: indices_of(r) for d, r in change.kept.items()} for n, change in plan.tensors.items()}
-
-
-def narrow(tensor: Tensor, kept: Mapping[int, Any]) -> Tensor:
-    """What remains of a tensor."""
-    for dim, indices in kept.items():
-        tensor = tensor.index_select(dim, torch.as_tensor(indices, device=tensor.device))
-    return tensor

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
@@ -492,7 +491,7 @@ def describe(inputs: Inputs) -> Any:
         return {"named": {key: describe(value) for key, value in inputs.items()}}
     if isinstance(inputs, (list, tuple)):
         return {"listed": [describe(value) for value in inputs]}
-    return {"value": inputs if json.dumps(inputs, default=str) else None}
+    return {"value": inputs if isinstance(inputs, (bool, int, float, str)) else None}
 
 
 def inputs_from(described: Any, seed: int = 0) -> Any:

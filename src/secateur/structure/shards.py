@@ -16,8 +16,9 @@ from secateur.errors import SecateurError
 from secateur.stream.checkpoint import DTYPES, INDEX, SINGLE, Checkpoint, open_checkpoint, to_bytes
 from secateur.stream.naming import Group
 from secateur.stream.source import Source
-from secateur.structure.apply import narrow, parameter_map
+from secateur.structure.apply import parameter_map
 from secateur.structure.planning import Plan
+from secateur.structure.surgery import Keep, narrowed
 
 Shapes = dict[str, tuple[int, ...]]
 ALIGNED = 8  # bytes: what the format wants a header's length to be a multiple of
@@ -46,7 +47,7 @@ def cut_checkpoint(source: Source, plan: Plan, out: Path) -> None:
         for group in groups:
             made = source.naming.assemble(group, source.checkpoint.read)
             source.naming.verify(group, made, source.checkpoint.read)
-            cut = {name: narrow(tensor, kept.get(name, {})) for name, tensor in made.items()}
+            cut = {name: narrowed(tensor, kept.get(name, {})) for name, tensor in made.items()}
             for name, tensor in source.naming.disassemble(group, cut).items():
                 shards.write(name, tensor)
             source.checkpoint.close()  # what was mapped counts as memory until it is let go
@@ -63,7 +64,7 @@ def check_shards(source: Source, plan: Plan, out: Path) -> None:
         made = source.naming.assemble(group, source.checkpoint.read)
         again = source.naming.assemble(group, written.read)
         for name, tensor in made.items():
-            if not torch.equal(narrow(tensor, kept.get(name, {})), again[name]):
+            if not torch.equal(narrowed(tensor, kept.get(name, {})), again[name]):
                 raise SecateurError(f"{name} on the cut shards is not what was cut; please report this")
         source.checkpoint.close()
         written.close()
@@ -81,7 +82,7 @@ def _groups(source: Source, plan: Plan) -> list[Group]:
     return found
 
 
-def _shapes_on_disk(source: Source, group: Group, kept: Mapping[str, Mapping[int, object]]) -> Shapes:
+def _shapes_on_disk(source: Source, group: Group, kept: Mapping[str, Mapping[int, Keep]]) -> Shapes:
     """Name on disk -> shape after the cut, found without reading anything."""
 
     def blank(name: str) -> Tensor:
@@ -89,7 +90,7 @@ def _shapes_on_disk(source: Source, group: Group, kept: Mapping[str, Mapping[int
         return torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="meta")
 
     made = source.naming.assemble(group, blank)
-    cut = {name: narrow(tensor, kept.get(name, {})) for name, tensor in made.items()}  # type: ignore[arg-type]
+    cut = {name: narrowed(tensor, kept.get(name, {})) for name, tensor in made.items()}
     found = source.naming.disassemble(group, cut)
     missing = [name for name, _ in group.sources if name not in found]
     if missing:

@@ -53,7 +53,6 @@ class Watch(TorchDispatchMode):
         self.groups: dict[str, Dim] = {}
         self._dims: dict[int, Dims] = {}
         self._storages: dict[int, tuple[Tensor, Dims]] = {}
-        self._seen: list[Tensor] = []
         for name, tensor in tensors_of(model).items():
             if id(tensor) in self._dims:
                 facts.dims[name] = self._dims[id(tensor)]
