@@ -329,6 +329,11 @@ def _structure(found: Survey) -> list[RenderableType]:
     )
     for stack, count in found.blocks.items():
         table.add_row(f"layers ({stack})", "1", str(count), "skipped", "stock, mostly")
+    if found.experts:
+        counts = sorted(set(found.experts.values()))
+        table.add_row(
+            "experts", str(len(found.experts)), " to ".join(map(str, counts)), "never chosen", "stock, mostly"
+        )
     for row in found.removable:
         sizes = f"{row.sizes[0]:,}" if len(row.sizes) == 1 else f"{row.sizes[0]:,} to {row.sizes[-1]:,}"
         promise = "masked" if row.exact else "masked, norms recomputed"

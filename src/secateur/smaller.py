@@ -35,9 +35,10 @@ from secateur.stream.observe import make_observable
 from secateur.stream.skeleton import build, check_folder
 from secateur.stream.source import Source
 from secateur.stream.staging import staging_folder
-from secateur.structure import Plan, apply_, importance, plan, plan_layers, save, trace
+from secateur.structure import Plan, apply_, importance, plan, plan_experts, plan_layers, save, trace
 from secateur.structure.criteria import CRITERIA
 from secateur.structure.depth import stacks
+from secateur.structure.experts import expert_scores, mixtures
 from secateur.structure.planning import ALLOCATIONS
 from secateur.structure.saved import write_config
 from secateur.structure.selection import LEAST
@@ -216,6 +217,9 @@ class _Work:
             blocks = sum(len(names) for names in stacks(self.model).values())
             count = round(layers * blocks) if layers < 1 else int(layers)
             plans.append(self._timed("depth", lambda: self._layers(count)))
+        left = ask.pop("experts", None)
+        if left is not None:
+            plans.append(self._timed("experts", lambda: self._experts(left)))
         if ask or self.wanted.target:
             plans.append(self._timed("width", lambda: self._widths(ask or None)))
         return plans
@@ -229,6 +233,14 @@ class _Work:
             contiguous=self.wanted.contiguous,
             protect=self.wanted.protect,
         )
+        apply_(self.model, found, self.example)
+        return found
+
+    def _experts(self, share: float) -> Plan:
+        scores = expert_scores(self.model, self.batches or [self.example])
+        count = max((mixture.count for mixture in mixtures(self.model)), default=0)
+        left = count - (round(share * count) if share < 1 else int(share))
+        found = plan_experts(self.model, self.example, left, {n: s["contribution"] for n, s in scores.items()})
         apply_(self.model, found, self.example)
         return found
 
@@ -305,7 +317,7 @@ def _data(folder: Path, model: nn.Module, wanted: Smaller) -> tuple[str, Data | 
     writes = any(part in type(model).__name__ for part in ("CausalLM", "LMHead"))
     criterion = wanted.criterion or ("taylor" if writes and tokenizer is not None else "magnitude")
     asked = wanted.calibration
-    layers = "layers" in (wanted.remove or {})
+    layers = {"layers", "experts"} & set(wanted.remove or {})
     holdout = []
     if (
         writes
@@ -353,8 +365,9 @@ def _on_shards(
     """Trace and prove on the meta device, score and cut one tensor after the other."""
     started = time.perf_counter()
     criterion = wanted.criterion or "magnitude"
-    if CRITERIA[criterion].needs or "layers" in (wanted.remove or {}):
-        what = "layers" if "layers" in (wanted.remove or {}) else f"the criterion {criterion}"
+    whole = [kind for kind in ("layers", "experts") if kind in (wanted.remove or {})]
+    if CRITERIA[criterion].needs or whole:
+        what = f"removing {whole[0]}" if whole else f"the criterion {criterion}"
         raise SecateurError(
             f"{what} needs the whole model in memory, and it does not fit: --criterion magnitude works on the shards"
         )

@@ -4,7 +4,8 @@ from secateur.structure.apply import apply_
 from secateur.structure.coupling import Coupling, Slice
 from secateur.structure.couplings import Couplings, trace
 from secateur.structure.criteria import importance
-from secateur.structure.planning import Plan, plan, plan_heads, plan_layers
+from secateur.structure.experts import expert_scores
+from secateur.structure.planning import Plan, plan, plan_experts, plan_heads, plan_layers
 from secateur.structure.saved import load, save
 
 __all__ = [
@@ -13,9 +14,11 @@ __all__ = [
     "Plan",
     "Slice",
     "apply_",
+    "expert_scores",
     "importance",
     "load",
     "plan",
+    "plan_experts",
     "plan_heads",
     "plan_layers",
     "save",

@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from secateur.errors import SecateurError
-from secateur.structure import depth
+from secateur.structure import depth, experts
 from secateur.structure.attention import SplitAttention, replace_
 from secateur.structure.couplings import Inputs, evaluating, runner, writing
 from secateur.structure.depth import check_drop, drop_
+from secateur.structure.experts import check_experts, mixtures
 from secateur.structure.planning import Plan, indices_of, inputs_from
 from secateur.structure.proof import Wrong, check, run_listening
 from secateur.structure.rehearsal import compared
@@ -39,7 +40,9 @@ def apply_(model: nn.Module, plan: Plan, example_inputs: Inputs | None = None) -
         alike = _writes_alike(model, inputs)
         try:
             _drop(model, plan, run, back)
-            if plan.tensors:
+            if plan.experts:
+                _cut_experts(model, plan, run, back)
+            elif plan.tensors:
                 _cut(model, plan, inputs, run, back)
             _exercise(model, run, inputs, alike)
         except BaseException as error:
@@ -60,6 +63,15 @@ def _drop(model: nn.Module, plan: Plan, run: Callable[[], Any], back: list[Calla
     if not apart <= depth.TOLERANCE:
         raise Wrong(f"without the dropped blocks the outputs differ by {apart:.1e} from those when they are skipped")
     back.append(drop_(model, kept))
+
+
+def _cut_experts(model: nn.Module, plan: Plan, run: Callable[[], Any], back: list[Callable[[], None]]) -> None:
+    check_fits(model, plan)
+    kept = {name: indices_of(ranges) for name, ranges in plan.experts.items()}
+    apart = check_experts(model, mixtures(model), kept, run)
+    if not apart <= experts.TOLERANCE:
+        raise Wrong(f"without the experts the outputs differ by {apart:.1e} from those when they are not chosen")
+    back.append(cut_(model, cut_from(model, plan)))
 
 
 def _cut(model: nn.Module, plan: Plan, inputs: Inputs, run: Callable[[], Any], back: list[Callable[[], None]]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
@@ -14,18 +15,19 @@ from torch import Tensor, nn
 
 from secateur.errors import SecateurError
 from secateur.recipe import nearest
-from secateur.structure import depth
+from secateur.structure import depth, experts
 from secateur.structure.attention import replace_
 from secateur.structure.budget import COSTS, Costs
 from secateur.structure.coupling import Coupling, Ints
 from secateur.structure.couplings import Couplings, Inputs, evaluating, runner
 from secateur.structure.criteria import importance
 from secateur.structure.depth import block_influence, check_drop, least_important, stacks
+from secateur.structure.experts import check_experts, experts_cut, keep_experts, mixtures
 from secateur.structure.proof import Wrong
 from secateur.structure.rehearsal import check_removal, compared
 from secateur.structure.selection import LEAST, NOT_BY_DEFAULT, by_budget, by_ratio, candidates, check_patterns, matches
-from secateur.structure.sizes import Clash, owners
-from secateur.structure.surgery import cut_of, dead_of, mask_
+from secateur.structure.sizes import Clash, Values, owners
+from secateur.structure.surgery import Cut, cut_of, dead_of, mask_
 from secateur.structure.watch import tensors_of
 from secateur.weights.gradients import Loss
 
@@ -98,6 +100,7 @@ class Plan:
     after: Mapping[str, int]
     inputs: Any
     layers: Mapping[str, Layers] = field(default_factory=dict)
+    experts: Mapping[str, Ranges] = field(default_factory=dict)  # layer of experts -> those that stay
     version: int = VERSION
 
     def explain(self) -> str:
@@ -144,6 +147,7 @@ class Plan:
                 removals=removals,
                 inputs=values["inputs"],
                 layers=layers,
+                experts={name: _ranges_of(kept) for name, kept in values["experts"].items()},
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise SecateurError(f"this is no plan of secateur: {type(error).__name__} {error}") from None
@@ -323,6 +327,72 @@ def plan_layers(
     )
 
 
+def plan_experts(model: nn.Module, example_inputs: Inputs, left: int, scores: Mapping[str, Tensor]) -> Plan:
+    """Choose the experts that stay in every layer, `left` of each, and prove that the others can go. Nothing changes yet.
+
+    scores: layer of experts -> importance [experts], such as those of `expert_scores`. Raises SecateurError for a number
+    that routing cannot do with, and when the cut model differs from the one whose router never takes the others.
+    """
+    found = mixtures(model)
+    kept = keep_experts(found, scores, left)
+    cut = experts_cut(model, found, kept)
+    with evaluating(model):
+        try:
+            apart = check_experts(model, found, kept, runner(model, example_inputs))
+        except Wrong as error:
+            raise SecateurError(str(error)) from None
+    if not apart <= experts.TOLERANCE:
+        raise SecateurError(
+            f"without these experts the outputs differ by {apart:.1e} of the largest from those when they are not chosen"
+        )
+    changes = _changes(model, cut)
+    before, trained = _sizes(model), {name for name, _ in model.named_parameters()}
+    gone = {name: math.prod(change.before) - math.prod(change.after) for name, change in changes.items()}
+    tensors = tensors_of(model)
+    after = {
+        "params": before["params"] - sum(size for name, size in gone.items() if name in trained),
+        "bytes": before["bytes"] - sum(size * tensors[name].element_size() for name, size in gone.items()),
+    }
+    return Plan(
+        type(model).__name__,
+        changes,
+        _attributes(model, cut.attributes[0]),
+        tuple(Removal(f"{m.name}:experts", "experts", m.count, ranges(kept[m.name]), True) for m in found),
+        {},
+        "removed == never chosen",
+        apart,
+        before,
+        after,
+        describe(example_inputs),
+        experts={name: ranges(indices) for name, indices in kept.items()},
+    )
+
+
+def _changes(model: nn.Module, cut: Cut) -> dict[str, Tensors]:
+    """What a cut does to every tensor."""
+    tensors = tensors_of(model)
+    return {
+        name: Tensors(
+            tuple(tensors[name].shape),
+            tuple(len(dims[d]) if d in dims else n for d, n in enumerate(tensors[name].shape)),
+            {dim: ranges(indices) for dim, indices in dims.items()},
+        )
+        for name, dims in cut.kept.items()
+    }
+
+
+def _attributes(model: nn.Module, values: Values) -> tuple[Attribute, ...]:
+    """Integers that change, by the names of their owners."""
+    holders, found = owners(model), []
+    for (number, name, place), value in values.items():
+        path, owner = holders[number]
+        now = vars(owner)[name]
+        before = now if place < 0 else now[place]
+        if before != value:
+            found.append(Attribute(path, name, place, before, value))
+    return tuple(found)
+
+
 def _guilty(model: nn.Module, kept: Mapping[str, Sequence[int]], run: Callable[[], Any]) -> dict[str, str]:
     """Which of the blocks that would go cannot go alone, and why."""
     found = {}
@@ -413,23 +483,8 @@ def _proven(
             cut = cut_of(facts, dead_of(facts, pairs))
             if not cut.kept:
                 raise Wrong("no tensor would change; please report this")
-            tensors = tensors_of(model)
-            kept = {
-                name: Tensors(
-                    tuple(tensors[name].shape),
-                    tuple(len(dims[d]) if d in dims else n for d, n in enumerate(tensors[name].shape)),
-                    {dim: ranges(indices) for dim, indices in dims.items()},
-                )
-                for name, dims in cut.kept.items()
-            }
-            holders = owners(model)
-            attributes = []
-            for (number, name, place), value in cut.attributes[seen.answer].items():
-                path, owner = holders[number]
-                found = vars(owner)[name]
-                before = found if place < 0 else found[place]
-                if before != value:
-                    attributes.append(Attribute(path, name, place, before, value))
+            kept = _changes(model, cut)
+            attributes = _attributes(model, cut.attributes[seen.answer])
         except (Clash, Wrong) as error:
             raise SecateurError(
                 f"this cut would not compute what it should, and nothing was changed: {error}\n"
@@ -442,7 +497,7 @@ def _proven(
     return Plan(
         type(model).__name__,
         kept,
-        tuple(attributes),
+        attributes,
         removals,
         dict(couplings.protected),
         "recomputed" if seen.restricted else "removed == masked",

@@ -14,6 +14,7 @@ from torch import nn
 from secateur.structure.coupling import Coupling
 from secateur.structure.couplings import Couplings
 from secateur.structure.depth import stacks
+from secateur.structure.experts import mixtures
 from secateur.structure.hf_config import configs_for
 from secateur.structure.rehearsal import share
 from secateur.structure.sizes import Clash
@@ -42,6 +43,7 @@ class Survey:
     removable: tuple[Removable, ...]
     protected: Mapping[str, tuple[str, ...]]
     blocks: Mapping[str, int]
+    experts: Mapping[str, int]
 
 
 def survey(couplings: Couplings) -> Survey:
@@ -54,7 +56,8 @@ def survey(couplings: Couplings) -> Survey:
     for name, reason in couplings.protected.items():
         reasons.setdefault(reason, []).append(re.sub(r"\d+(?=\.)", "*", name))
     protected = {reason: tuple(dict.fromkeys(names)) for reason, names in reasons.items()}
-    return Survey(found, protected, {name: len(members) for name, members in stacks(couplings.model).items()})
+    blocks = {name: len(members) for name, members in stacks(couplings.model).items()}
+    return Survey(found, protected, blocks, {m.name: m.count for m in mixtures(couplings.model)})
 
 
 def _removable(couplings: Couplings, kind: str, members: list[Coupling]) -> Removable:
