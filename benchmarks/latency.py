@@ -9,11 +9,15 @@ of its own that loads the weights and runs. Writes results/latency.json.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import statistics
 import subprocess
 import sys
+import tempfile
+import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,31 +28,29 @@ from common import RESULTS, machine, write
 REPEATS = 15
 
 
-def build(name: str) -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:
-    """The model, its inputs, and what a plan for half of its MACs may take from."""
+def build(name: str, device: str = "cpu") -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:
+    """The model, its inputs (on the CPU), and what a plan for half of its MACs may take from."""
     import transformers
 
     torch.manual_seed(0)
-    if name == "resnet50":
-        model = transformers.ResNetForImageClassification(transformers.ResNetConfig(num_labels=1000))
-        return model.eval(), {"pixel_values": torch.randn(1, 3, 224, 224)}, {}
-    if name == "vit-b":
-        model = transformers.ViTForImageClassification(transformers.ViTConfig(num_labels=1000))
-        return model.eval(), {"pixel_values": torch.randn(1, 3, 224, 224)}, {"include": ["ffn", "heads"]}
-    config = transformers.LlamaConfig(
-        vocab_size=32000,
-        hidden_size=1024,
-        intermediate_size=2816,
-        num_hidden_layers=20,
-        num_attention_heads=16,
-        num_key_value_heads=16,
-    )
-    model = transformers.LlamaForCausalLM(config)
-    return (
-        model.eval(),
-        {"input_ids": torch.randint(0, 32000, (1, 128)), "use_cache": False},
-        {"include": ["ffn", "heads"]},
-    )
+    images, text = {"pixel_values": torch.randn(1, 3, 224, 224)}, {"input_ids": torch.randint(0, 32000, (1, 128))}
+    with torch.device(device):
+        if name == "resnet50":
+            model = transformers.ResNetForImageClassification(transformers.ResNetConfig(num_labels=1000))
+            return model.eval(), images, {}
+        if name == "vit-b":
+            model = transformers.ViTForImageClassification(transformers.ViTConfig(num_labels=1000))
+            return model.eval(), images, {"include": ["ffn", "heads"]}
+        config = transformers.LlamaConfig(
+            vocab_size=32000,
+            hidden_size=1024,
+            intermediate_size=2816,
+            num_hidden_layers=20,
+            num_attention_heads=16,
+            num_key_value_heads=16,
+        )
+        model = transformers.LlamaForCausalLM(config)
+    return model.eval(), {**text, "use_cache": False}, {"include": ["ffn", "heads"]}
 
 
 def cut(model: nn.Module, inputs: dict[str, Any], options: dict[str, Any]) -> Any:
@@ -89,8 +91,6 @@ def decoding(models: list[nn.Module]) -> list[float]:
 
 def measure(name: str) -> dict[str, Any]:
     """A row: before and after."""
-    import copy
-
     torch.set_num_threads(2)
     model, inputs, options = build(name)
     before = copy.deepcopy(model)
@@ -102,7 +102,7 @@ def measure(name: str) -> dict[str, Any]:
         "bytes": [found.before["bytes"], found.after["bytes"]],
         "forward ms": [old, new],
         "speed-up": old / new,
-        "peak bytes": [peak(name, False), peak(name, True)],
+        "peak bytes": [peak(name, before, None), peak(name, model, found)],
         "left": {r.kind: f"{r.size} -> {r.left}" for r in found.removals if r.left < r.size},
     }
     if hasattr(model, "generate") and name.startswith("llama"):
@@ -111,47 +111,47 @@ def measure(name: str) -> dict[str, Any]:
     return row
 
 
-def peak(name: str, small: bool) -> int:
-    """Peak memory above the imports of a process that runs the model as it is loaded."""
-    command = [sys.executable, __file__, "--child", name, *(["--small"] if small else [])]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+def peak(name: str, model: nn.Module, found: Any) -> int:
+    """Peak memory above the imports of a process that loads the weights and runs. found: the plan that was applied."""
+    from safetensors.torch import save_model
+
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(model, str(Path(folder) / "model.safetensors"))
+        plan = Path(folder) / "plan.json"
+        plan.write_text(json.dumps(None if found is None else found.to_json()))
+        command = [sys.executable, __file__, "--child", name, "--folder", folder]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
     return json.loads(done.stdout.splitlines()[-1])["peak"]
 
 
-def child(name: str, small: bool) -> None:
-    """Load what was written and run it: the peak is that of inference alone."""
-    import tempfile
-    import threading
-    from pathlib import Path
-
-    from safetensors.torch import load_model, save_model
+def child(name: str, folder: Path) -> None:
+    """Build without memory, give it its shapes, load, run."""
+    from safetensors.torch import load_model
 
     from secateur.memory import anonymous_memory
+    from secateur.structure.apply import reshape_
+    from secateur.structure.planning import Plan
 
-    model, inputs, options = build(name)
-    if small:
-        cut(model, inputs, options)
-    with tempfile.TemporaryDirectory() as folder:
-        save_model(model, str(Path(folder) / "model.safetensors"))
-        shapes = {n: p.shape for n, p in model.named_parameters()}
-        for parameter in model.parameters():
-            parameter.data = torch.empty(0)
-        base, most, stop = anonymous_memory(), [0], threading.Event()
+    torch.set_num_threads(2)
+    model, inputs, _ = build(name, "meta")
+    content = json.loads((folder / "plan.json").read_text())
+    if content is not None:
+        reshape_(model, Plan.from_json(content))
+    base, most, stop = anonymous_memory(), [0], threading.Event()
 
-        def watch() -> None:
-            while not stop.wait(0.002):
-                most[0] = max(most[0], anonymous_memory())
+    def watch() -> None:
+        while not stop.wait(0.002):
+            most[0] = max(most[0], anonymous_memory())
 
-        thread = threading.Thread(target=watch, daemon=True)
-        thread.start()
-        for n, parameter in model.named_parameters():
-            parameter.data = torch.empty(shapes[n])
-        load_model(model, str(Path(folder) / "model.safetensors"))
-        with torch.no_grad():
-            model(**inputs)
-        stop.set()
-        thread.join()
-        print(json.dumps({"peak": most[0] - base}))
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    model.to_empty(device="cpu")
+    load_model(model, str(folder / "model.safetensors"), strict=False)
+    with torch.no_grad():
+        model(**inputs)
+    stop.set()
+    thread.join()
+    print(json.dumps({"peak": most[0] - base}))
 
 
 def main() -> None:
@@ -159,10 +159,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default="resnet50,vit-b,llama-300m")
     parser.add_argument("--child", help=argparse.SUPPRESS)
-    parser.add_argument("--small", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        child(args.child, args.small)
+        child(args.child, args.folder)
         return
     path = RESULTS / "latency.json"
     found = json.loads(path.read_text())["models"] if path.exists() else {}

@@ -21,7 +21,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -397,8 +396,7 @@ def examine(name: str, tools: list[str]) -> dict[str, Any]:
         except TimeoutError:
             row[tool] = {"verdict": "too long", "why": f"more than {LIMIT} seconds"}
         except Exception as error:
-            place = traceback.format_exc(limit=-1).splitlines()
-            row[tool] = {"verdict": "error", "why": f"{type(error).__name__}: {str(error)[:200]}", "where": place[1:2]}
+            row[tool] = {"verdict": "error", "why": f"{type(error).__name__}: {str(error)[:200]}"}
         finally:
             signal.alarm(0)
     return row

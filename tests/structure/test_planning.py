@@ -203,6 +203,8 @@ def test_protected_kinds_and_globs_are_left_alone(traced):
         ({"remove": {"units": 0.5}, "criterion": "taylor"}, "reads data"),
         ({"remove": {"units": 0.5}, "reduce": "median"}, "unknown reduction"),
         ({"target": {"macs": 0.001}}, "nearest reachable"),
+        ({"remove": {"units": 0.5}, "scores": {"head:units": torch.ones(3)}}, "scores of head:units"),
+        ({"remove": {"units": 0.5}, "scores": {"attention:heads": torch.ones(3)}}, "expected 4 numbers"),
         ({"remove": {"units": 0.001}}, "nothing would go"),
     ],
 )

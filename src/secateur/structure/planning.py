@@ -197,6 +197,7 @@ def plan(
     if allocation not in ALLOCATIONS:
         raise SecateurError(f"unknown allocation {allocation!r}; known for structure: {', '.join(ALLOCATIONS)}")
     _check_shares(remove or {}, target or {})
+    _check_scores(couplings, scores or {})
     check_patterns(couplings, [*(remove or {}), *include, *protect])
 
     def chosen(coupling: Coupling) -> bool:
@@ -426,6 +427,14 @@ def _check_shares(remove: Mapping[str, float], target: Mapping[str, float]) -> N
             raise SecateurError(f"unknown budget {name!r}{nearest(name, COSTS)}; known: {', '.join(COSTS)}")
         if not value > 0:
             raise SecateurError(f"target {name}: {value!r}; expected the share that may remain, or a number above 1")
+
+
+def _check_scores(couplings: Couplings, scores: Mapping[str, Tensor]) -> None:
+    sizes = {coupling.name: coupling.size for coupling in couplings}
+    for name, values in scores.items():
+        if tuple(values.shape) != (sizes.get(name),) or bool(torch.isnan(values).any()):
+            wanted = f"{sizes[name]} numbers" if name in sizes else "no such coupling"
+            raise SecateurError(f"scores of {name}: expected {wanted}, found {list(values.shape)} or NaN")
 
 
 def _part(value: float, step: int, steps: int) -> float:
