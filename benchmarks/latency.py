@@ -130,7 +130,7 @@ def child(name: str, folder: Path) -> None:
 
     from secateur.memory import anonymous_memory
     from secateur.structure.apply import reshape_
-    from secateur.structure.planning import Plan
+    from secateur.structure.plans import Plan
 
     torch.set_num_threads(2)
     model, inputs, _ = build(name, "meta")

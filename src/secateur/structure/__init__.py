@@ -5,7 +5,8 @@ from secateur.structure.coupling import Coupling, Slice
 from secateur.structure.couplings import Couplings, trace
 from secateur.structure.criteria import importance
 from secateur.structure.experts import expert_scores
-from secateur.structure.planning import Plan, plan, plan_experts, plan_heads, plan_layers
+from secateur.structure.planning import plan, plan_experts, plan_heads, plan_layers
+from secateur.structure.plans import Plan
 from secateur.structure.saved import load, save
 
 __all__ = [

@@ -15,7 +15,7 @@ from secateur.structure.attention import SplitAttention, replace_
 from secateur.structure.couplings import Inputs, evaluating, runner, writing
 from secateur.structure.depth import check_drop, drop_
 from secateur.structure.experts import check_experts, mixtures
-from secateur.structure.planning import Plan, indices_of, inputs_from
+from secateur.structure.plans import Plan, indices_of, inputs_from
 from secateur.structure.proof import Wrong, check, run_listening
 from secateur.structure.rehearsal import compared
 from secateur.structure.sizes import Values, owners

@@ -23,7 +23,7 @@ from secateur.stream.skeleton import may_be_missing
 from secateur.structure.apply import reshape_
 from secateur.structure.couplings import Inputs, evaluating, runner
 from secateur.structure.hf_config import configs_for
-from secateur.structure.planning import Plan, inputs_from
+from secateur.structure.plans import Plan, inputs_from
 from secateur.structure.watch import tensors_of
 
 MANIFEST, WEIGHTS = "secateur.json", "model.safetensors"

@@ -17,7 +17,7 @@ from secateur.stream.checkpoint import DTYPES, INDEX, SINGLE, Checkpoint, open_c
 from secateur.stream.naming import Group
 from secateur.stream.source import Source
 from secateur.structure.apply import parameter_map
-from secateur.structure.planning import Plan
+from secateur.structure.plans import Plan
 from secateur.structure.surgery import Keep, narrowed
 
 Shapes = dict[str, tuple[int, ...]]
