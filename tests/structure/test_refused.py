@@ -12,7 +12,7 @@ from torch import nn
 from conftest import TINY
 from secateur.errors import SecateurError
 from secateur.structure import apply_, plan, trace
-from secateur.structure.rules import RULES, Call, Seen
+from secateur.structure.rules import RULES
 
 
 class TwoLayers(nn.Module):
@@ -153,11 +153,13 @@ def test_every_rule_names_an_operator_that_exists():
     assert missing == []
 
 
-def test_a_rule_that_meets_the_unexpected_protects():
+def test_a_rule_that_meets_the_unexpected_protects(monkeypatch):
     """A call whose arguments its rule does not know is an unknown operator, not a crash."""
-    from secateur.structure.identities import Identities
 
-    ids = Identities()
-    call = Call(ids, "aten.mm", (Seen((2,), [ids.new(2)]),), {}, [(2,)], [], [], {}, [])
-    with pytest.raises((LookupError, ValueError, TypeError)):
-        RULES["mm"](call)
+    def puzzled(call):
+        raise IndexError("no such argument")
+
+    monkeypatch.setitem(RULES, "sigmoid", puzzled)
+    found = trace(TwoLayers(nn.Sigmoid()), X)
+    assert "sigmoid: no rule" in found.protected["a.weight:0"]
+    assert "aten.sigmoid.default" in found.facts.unknown
