@@ -90,8 +90,9 @@ def minilm() -> nn.Module | None:
 
 def images(path: Path, count: int | None = None) -> tuple[Tensor, Tensor]:
     """Pixels [n, 3, h, w] in 0..255 and labels [n] of an .npz with JPEG bytes."""
+    fetch("pillow==12.0.0", "PIL")
     import numpy as np
-    from PIL import Image
+    from PIL import Image  # type: ignore[import-not-found]
 
     content: Any = np.load(path)
     offsets, labels = content["offsets"], content["labels"]
