@@ -12,7 +12,6 @@ else is zero, with norms over what remains. Writes results/zoo.json.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
 import json
 import signal
@@ -38,8 +37,8 @@ from secateur.stream.skeleton import may_be_missing
 from secateur.structure import apply_, plan, save, trace
 from secateur.structure.apply import dead_from
 from secateur.structure.attention import SplitAttention, replace_
-from secateur.structure.couplings import runner, writing
 from secateur.structure.proof import Masked, difference
+from secateur.structure.running import cached, runner
 from secateur.structure.surgery import Cut, mask_
 from secateur.structure.watch import follow, located, outputs_of, plainly
 
@@ -477,10 +476,9 @@ def _speed_up(before: nn.Module, after: nn.Module, inputs: Any) -> float:
 
 def _ours(model: nn.Module, plans: list[Any], config: Any, inputs: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    write_ = writing(model, inputs)
-    if write_ is not None:
-        with contextlib.suppress(RuntimeError, ValueError):  # as the original: apply_ has seen to that
-            found["generates"] = bool(torch.equal(write_(4, True), write_(4, False)))
+    written = cached(model, inputs)  # where the original does not, it has no meaning: apply_ has seen to that
+    if written is not None:
+        found["generates"] = written.alike
     with tempfile.TemporaryDirectory() as folder:
         split = any(isinstance(m, SplitAttention) for m in model.modules())
         if config is not None:

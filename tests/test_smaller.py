@@ -160,3 +160,26 @@ def test_an_option_takes_values_until_the_next_one(words, spread):
 )
 def test_shares(words, option, found):
     assert options.shares(words, option) == found
+
+
+def test_attention_and_mlps_alone(folder, tmp_path):
+    out = tmp_path / "out"
+    found = run(
+        "prune", folder, "--remove", "attention=2", "mlp=25%", "layers=1", "--out", out, "--criterion", "magnitude"
+    )
+    assert found.exit_code == 0, found.output
+    assert "nothing reads it" in found.output
+    assert "secateur.load" in found.output
+    model = load(out)
+    assert len(model.model.layers) == 3
+    ids = torch.arange(6)[None]
+    write = {"max_new_tokens": 5, "do_sample": False}
+    assert torch.equal(model.generate(ids, **write), model.generate(ids, use_cache=False, **write))
+
+
+@pytest.mark.parametrize("ask", ["attention=9", "layers=9"])
+def test_more_of_depth_than_there_is(folder, tmp_path, ask):
+    found = run("prune", folder, "--remove", ask, "--out", tmp_path / "out")
+    assert found.exit_code == 2
+    assert "can go" in found.stderr.replace("\n", " ")
+    assert list(tmp_path.iterdir()) == []

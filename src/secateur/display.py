@@ -253,6 +253,8 @@ def shrunk(found: Shrunk, out: Path | None) -> RenderableType:
     for plan in found.plans:
         for parent, change in plan.layers.items():
             cuts.add_row(f"blocks of {parent}", str(change.before), str(len(change.kept)))
+        for name, was in plan.sublayers.items():
+            cuts.add_row(name, "1", f"0{' (nothing reads it)' if was.kind == 'unread' else ''}")
         for removal in plan.removals:
             if removal.left < removal.size:
                 cuts.add_row(removal.coupling, f"{removal.size:,}", f"{removal.left:,}")
@@ -327,12 +329,14 @@ def _structure(found: Survey) -> list[RenderableType]:
     table = _table(
         "structure, for --remove", "couplings", "units of each", "removed equals", "loads with", right=(1, 2)
     )
-    for stack, count in found.blocks.items():
-        table.add_row(f"layers ({stack})", "1", str(count), "skipped", "stock, mostly")
+    for stack, (count, loads) in found.blocks.items():
+        table.add_row(f"layers ({stack})", "1", str(count), "skipped", loads)
+    for kind, count in found.sublayers.items():
+        table.add_row(kind, "1", str(count), "adding nothing", "secateur.load")
     if found.experts:
         counts = sorted(set(found.experts.values()))
         table.add_row(
-            "experts", str(len(found.experts)), " to ".join(map(str, counts)), "never chosen", "stock, mostly"
+            "experts", str(len(found.experts)), " to ".join(map(str, counts)), "never chosen", found.experts_load
         )
     for row in found.removable:
         sizes = f"{row.sizes[0]:,}" if len(row.sizes) == 1 else f"{row.sizes[0]:,} to {row.sizes[-1]:,}"

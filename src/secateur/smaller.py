@@ -35,7 +35,17 @@ from secateur.stream.observe import make_observable
 from secateur.stream.skeleton import build, check_folder
 from secateur.stream.source import Source
 from secateur.stream.staging import staging_folder
-from secateur.structure import Plan, apply_, importance, plan, plan_experts, plan_layers, save, trace
+from secateur.structure import (
+    Plan,
+    apply_,
+    importance,
+    plan,
+    plan_experts,
+    plan_layers,
+    plan_sublayers,
+    save,
+    trace,
+)
 from secateur.structure.criteria import CRITERIA
 from secateur.structure.depth import stacks
 from secateur.structure.experts import expert_scores, mixtures
@@ -43,9 +53,11 @@ from secateur.structure.planning import ALLOCATIONS
 from secateur.structure.saved import write_config
 from secateur.structure.selection import LEAST
 from secateur.structure.shards import check_shards, cut_checkpoint, tensors_of_source
+from secateur.structure.sublayers import KINDS
 from secateur.structure.survey import Survey, survey
 
 HOLDOUT = 8  # windows on which a language model is measured before and after
+DEPTH = {"layers", "experts", *KINDS}  # what is chosen by running data, and not by width
 REPEATS = 7  # of a timed forward, before and after
 SMALL = 200_000_000  # parameters of a model that is looked at with random weights
 
@@ -217,6 +229,9 @@ class _Work:
             blocks = sum(len(names) for names in stacks(self.model).values())
             count = round(layers * blocks) if layers < 1 else int(layers)
             plans.append(self._timed("depth", lambda: self._layers(count)))
+        parts = {kind: ask.pop(kind) for kind in KINDS if kind in ask}
+        if parts:
+            plans.append(self._timed("sublayers", lambda: self._sublayers(parts)))
         left = ask.pop("experts", None)
         if left is not None:
             plans.append(self._timed("experts", lambda: self._experts(left)))
@@ -233,6 +248,11 @@ class _Work:
             contiguous=self.wanted.contiguous,
             protect=self.wanted.protect,
         )
+        apply_(self.model, found, self.example)
+        return found
+
+    def _sublayers(self, parts: Mapping[str, float]) -> Plan:
+        found = plan_sublayers(self.model, self.example, parts, batches=self.batches, protect=self.wanted.protect)
         apply_(self.model, found, self.example)
         return found
 
@@ -317,7 +337,7 @@ def _data(folder: Path, model: nn.Module, wanted: Smaller) -> tuple[str, Data | 
     writes = any(part in type(model).__name__ for part in ("CausalLM", "LMHead"))
     criterion = wanted.criterion or ("taylor" if writes and tokenizer is not None else "magnitude")
     asked = wanted.calibration
-    layers = {"layers", "experts"} & set(wanted.remove or {})
+    layers = DEPTH & set(wanted.remove or {})
     holdout = []
     if (
         writes
@@ -365,7 +385,7 @@ def _on_shards(
     """Trace and prove on the meta device, score and cut one tensor after the other."""
     started = time.perf_counter()
     criterion = wanted.criterion or "magnitude"
-    whole = [kind for kind in ("layers", "experts") if kind in (wanted.remove or {})]
+    whole = sorted(DEPTH & set(wanted.remove or {}))
     if CRITERIA[criterion].needs or whole:
         what = f"removing {whole[0]}" if whole else f"the criterion {criterion}"
         raise SecateurError(

@@ -87,9 +87,9 @@ def test_a_plan_of_layers_reloads_in_stock_transformers(tmp_path):
 def test_the_least_influential_go_and_contiguous_ones_where_asked():
     model = decoder()
     scores = {f"model.layers.{n}": s for n, s in enumerate([0.5, 0.1, 0.9, 0.2, 0.3])}
-    assert least_important(model, 2, scores) == {"model.layers": [0, 2, 4]}
-    assert least_important(model, 2, scores, contiguous=True) == {"model.layers": [0, 1, 2]}
-    assert least_important(model, 2, scores, protect={"model.layers.1"}) == {"model.layers": [0, 1, 2]}
+    assert least_important(model, 2, scores) == ["model.layers.1", "model.layers.3"]
+    assert least_important(model, 2, scores, contiguous=True) == ["model.layers.3", "model.layers.4"]
+    assert least_important(model, 2, scores, protect={"model.layers.1"}) == ["model.layers.3", "model.layers.4"]
 
 
 def test_a_block_that_others_need_stays():

@@ -13,9 +13,9 @@ from nets import NETS
 
 from secateur.structure import Couplings, trace
 from secateur.structure.attention import replace_
-from secateur.structure.couplings import runner
 from secateur.structure.proof import Wrong, check, run_listening
 from secateur.structure.rehearsal import check_removal, enlarged
+from secateur.structure.running import runner
 from secateur.structure.surgery import Cut, cut_of, dead_of
 
 EXACT = 1e-9

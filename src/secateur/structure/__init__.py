@@ -4,8 +4,9 @@ from secateur.structure.apply import apply_
 from secateur.structure.coupling import Coupling, Slice
 from secateur.structure.couplings import Couplings, trace
 from secateur.structure.criteria import importance
+from secateur.structure.depth_planning import plan_layers, plan_sublayers
 from secateur.structure.experts import expert_scores
-from secateur.structure.planning import plan, plan_experts, plan_heads, plan_layers
+from secateur.structure.planning import plan, plan_experts, plan_heads
 from secateur.structure.plans import Plan
 from secateur.structure.saved import load, save
 
@@ -22,6 +23,7 @@ __all__ = [
     "plan_experts",
     "plan_heads",
     "plan_layers",
+    "plan_sublayers",
     "save",
     "trace",
 ]

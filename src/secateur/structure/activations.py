@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from secateur.forward import no_cache
-from secateur.structure.couplings import Couplings, runner
+from secateur.structure.couplings import Couplings
+from secateur.structure.running import runner
 from secateur.structure.watch import Facts, Watch, another_run, located, plainly
 
 

@@ -12,17 +12,16 @@ from torch import nn
 from secateur.errors import SecateurError
 from secateur.structure import depth, experts
 from secateur.structure.attention import SplitAttention, replace_
-from secateur.structure.couplings import Inputs, evaluating, runner, writing
 from secateur.structure.depth import check_drop, drop_
 from secateur.structure.experts import check_experts, mixtures
 from secateur.structure.plans import Plan, indices_of, inputs_from
 from secateur.structure.proof import Wrong, check, run_listening
 from secateur.structure.rehearsal import compared
+from secateur.structure.running import Inputs, cached, check_cached, evaluating, runner, writing
 from secateur.structure.sizes import Values, owners
+from secateur.structure.sublayers import Nothing, check_remove, remove_
 from secateur.structure.surgery import Cut, cut_, cut_of
 from secateur.structure.watch import Facts, follow, on_meta, outputs_of, tensors_of
-
-TOKENS = 4  # that a language model writes in the proof
 
 
 def apply_(model: nn.Module, plan: Plan, example_inputs: Inputs | None = None) -> None:
@@ -37,14 +36,16 @@ def apply_(model: nn.Module, plan: Plan, example_inputs: Inputs | None = None) -
     run = runner(model, inputs)
     with evaluating(model):
         back: list[Callable[[], None]] = []
-        alike = _writes_alike(model, inputs)
+        before = cached(model, inputs)
         try:
             _drop(model, plan, run, back)
+            _without_sublayers(model, plan, run, back)
             if plan.experts:
                 _cut_experts(model, plan, run, back)
             elif plan.tensors:
                 _cut(model, plan, inputs, run, back)
-            _exercise(model, run, inputs, alike)
+            _exercise(model, run)
+            check_cached(model, inputs, before)
         except BaseException as error:
             for step in reversed(back):
                 step()
@@ -63,6 +64,16 @@ def _drop(model: nn.Module, plan: Plan, run: Callable[[], Any], back: list[Calla
     if not apart <= depth.TOLERANCE:
         raise Wrong(f"without the dropped blocks the outputs differ by {apart:.1e} from those when they are skipped")
     back.append(drop_(model, kept))
+
+
+def _without_sublayers(model: nn.Module, plan: Plan, run: Callable[[], Any], back: list[Callable[[], None]]) -> None:
+    if not plan.sublayers:
+        return
+    check_sublayers(model, plan)
+    apart = check_remove(model, plan.sublayers, run)
+    if not apart <= depth.TOLERANCE:
+        raise Wrong(f"without these sublayers the outputs differ by {apart:.1e} from those when they add nothing")
+    back.append(remove_(model, plan.sublayers))
 
 
 def _cut_experts(model: nn.Module, plan: Plan, run: Callable[[], Any], back: list[Callable[[], None]]) -> None:
@@ -106,6 +117,9 @@ def reshape_(model: nn.Module, plan: Plan) -> None:
     if plan.layers:
         check_layers(model, plan)
         drop_(model, {parent: change.kept for parent, change in plan.layers.items()})
+    if plan.sublayers:
+        check_sublayers(model, plan)
+        remove_(model, plan.sublayers)
     if plan.tensors:
         check_fits(model, plan)
         undo = replace_(model)
@@ -125,6 +139,15 @@ def check_layers(model: nn.Module, plan: Plan) -> None:
             raise SecateurError(
                 f"the plan is for {plan.model} with {change.before} blocks in {parent}; this model has {found}"
             )
+
+
+def check_sublayers(model: nn.Module, plan: Plan) -> None:
+    """Raises SecateurError when the model has not the sublayers that the plan removes."""
+    modules = dict(model.named_modules())
+    for name in plan.sublayers:
+        if name not in modules or not any(True for _ in modules[name].parameters()):
+            done = " (it was applied already)" if isinstance(modules.get(name), Nothing) else ""
+            raise SecateurError(f"the plan is for {plan.model} with weights in {name}; this model has none{done}")
 
 
 def check_fits(model: nn.Module, plan: Plan) -> None:
@@ -168,13 +191,11 @@ def dead_from(facts: Facts, cut: Cut) -> np.ndarray:
     return (owned > 0) & (alive == 0)
 
 
-def _exercise(model: nn.Module, run: Any, inputs: Inputs, alike: bool | None) -> None:
-    """Forward, generation and backward of the cut model, in its own dtype. Raises Wrong."""
+def _exercise(model: nn.Module, run: Any) -> None:
+    """Forward and backward of the cut model, in its own dtype. Raises Wrong."""
     if on_meta(model):
         return
     run_listening(model, run)
-    if alike is not None and _writes_alike(model, inputs, Wrong) < alike:  # type: ignore[operator]
-        raise Wrong("the cut model writes other tokens with its cache than without")
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained:
         return
@@ -186,23 +207,6 @@ def _exercise(model: nn.Module, run: Any, inputs: Inputs, alike: bool | None) ->
             wrong = [p for p, g in zip(trained, gradients, strict=True) if g is not None and g.shape != p.shape]
             if wrong:
                 raise Wrong("a gradient has not the shape of its parameter")
-
-
-def _writes_alike(model: Any, inputs: Inputs, failure: type[Exception] | None = None) -> bool | None:
-    """Whether a language model writes the same tokens with its cache as without; None for what does not write.
-
-    failure: what to raise where it cannot write; otherwise that is None, too.
-    """
-    write = writing(model, inputs)
-    if write is None:
-        return None
-    try:
-        cached, plain = (write(TOKENS, cached) for cached in (True, False))
-    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
-        if failure is None:
-            return None
-        raise failure(f"the cut model does not generate: {type(error).__name__}: {error}") from None
-    return bool(torch.equal(cached, plain)) or model.dtype not in (torch.float32, torch.float64)
 
 
 def parameter_map(plan: Plan) -> Mapping[str, Mapping[int, Any]]:

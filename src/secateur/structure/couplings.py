@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +17,8 @@ from secateur.structure.attention import replace_
 from secateur.structure.coupling import Coupling
 from secateur.structure.kinds import named
 from secateur.structure.rehearsal import rehearsed
+from secateur.structure.running import Inputs, evaluating, runner, writing
 from secateur.structure.watch import Facts, follow, on_meta, tensors_of
-
-Inputs = Mapping[str, Any] | Sequence[Any] | Tensor
 
 
 @dataclass
@@ -112,68 +110,6 @@ def _shapes(inputs: Inputs) -> str:
             f"{name} {_shapes(value) if isinstance(value, Tensor) else value}" for name, value in inputs.items()
         )
     return ", ".join(_shapes(value) if isinstance(value, Tensor) else type(value).__name__ for value in inputs)
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """In eval mode; every module is in its own mode again afterwards."""
-    training = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in training:
-            module.training = mode
-
-
-def runner(model: nn.Module, example_inputs: Inputs) -> Callable[[], Any]:
-    """What runs the model on the inputs, in the dtype that its weights have at that moment, always with the same seed."""
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = {}
-    if isinstance(example_inputs, Tensor):
-        args = (example_inputs,)
-    elif isinstance(example_inputs, Mapping):
-        kwargs = dict(example_inputs)
-    else:
-        args = tuple(example_inputs)
-
-    def run() -> Any:
-        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-        meta = on_meta(model)
-
-        def fit(value: Any) -> Any:
-            if not isinstance(value, Tensor):
-                return value
-            value = value.to("meta") if meta else value
-            return value.to(dtype) if value.is_floating_point() else value
-
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            return model(*map(fit, args), **{key: fit(value) for key, value in kwargs.items()})
-
-    return run
-
-
-def writing(model: Any, inputs: Inputs) -> Callable[..., Any] | None:
-    """What lets a language model write, with its cache and a padded prompt: code that a plain forward does not reach."""
-    able = getattr(model, "can_generate", None)
-    if able is None or not able() or not isinstance(inputs, Mapping) or set(inputs) - {"input_ids", "use_cache"}:
-        return None
-    if getattr(model.config, "is_encoder_decoder", False) or "input_ids" not in inputs:
-        return None
-    if on_meta(model):
-        return None
-    ids = inputs["input_ids"]
-    mask = torch.ones_like(ids)
-    if len(ids) > 1:
-        mask[0, 0] = 0
-
-    def write(tokens: int = 2, cached: bool = True) -> Any:
-        return model.generate(
-            ids, attention_mask=mask, max_new_tokens=tokens, do_sample=False, use_cache=cached, pad_token_id=0
-        )
-
-    return write
 
 
 def _protected(model: nn.Module, facts: Facts) -> dict[str, str]:

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from secateur.errors import SecateurError
 from secateur.forward import no_cache
 from secateur.stream.blocks import find_blocks
-from secateur.structure.couplings import Inputs, evaluating, runner
 from secateur.structure.hf_config import config_without
 from secateur.structure.proof import Wrong, difference
+from secateur.structure.running import Inputs, evaluating, runner
 from secateur.structure.watch import outputs_of
 
 TOLERANCE = 1e-5
@@ -32,14 +32,12 @@ def stacks(model: nn.Module) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for name in find_blocks(model):
         parent, _, place = name.rpartition(".")
-        if place.isdigit():
-            found.setdefault(parent, []).append(name)
-    return {
-        parent: names
-        for parent, names in found.items()
-        if isinstance(model.get_submodule(parent), (nn.ModuleList, nn.Sequential))
-        and len(names) == len(model.get_submodule(parent))  # type: ignore[arg-type]
-    }
+        members = model.get_submodule(parent)
+        if place.isdigit() and isinstance(members, nn.ModuleList | nn.Sequential):
+            found[parent] = [
+                f"{parent}.{key}" for key in members._modules
+            ]  # with those that have lost all that they had
+    return found
 
 
 def block_influence(model: nn.Module, batches: Sequence[Inputs]) -> dict[str, float]:
@@ -63,28 +61,29 @@ def block_influence(model: nn.Module, batches: Sequence[Inputs]) -> dict[str, fl
 
 def _listen(module: nn.Module, sums: list[float]) -> Any:
     def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        before, after = _first(args, kwargs), _first_tensor(output)
-        if before is not None and after is not None and before.shape == after.shape:
-            cosine = F.cosine_similarity(before.float(), after.float(), dim=-1)
+        given, after = all_given(args, kwargs), first_of(output)
+        if given and after is not None and given[0].shape == after.shape:
+            cosine = F.cosine_similarity(given[0].float(), after.float(), dim=-1)
             sums[0] += float(cosine.sum())
             sums[1] += cosine.numel()
 
     return module.register_forward_hook(hook, with_kwargs=True)
 
 
-def _first(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """The hidden state that a block was given."""
-    return next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+def all_given(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """The tensors that a module was given; of a block, the first is the hidden state."""
+    return [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
 
 
-def _first_tensor(output: Any) -> Tensor | None:
+def first_of(output: Any) -> Tensor | None:
+    """The first tensor of what a module returned."""
     return output if isinstance(output, Tensor) else next(iter(outputs_of(output)), None)
 
 
 def least_important(
     model: nn.Module, count: int, scores: Mapping[str, float], contiguous: bool = False, protect: Collection[str] = ()
-) -> dict[str, list[int]]:
-    """The places that stay in each list when `count` blocks go: those with the lowest scores, or one run of them.
+) -> list[str]:
+    """The blocks that go: `count` of those with the lowest scores, the lowest first, or one run of them.
 
     Raises SecateurError when there are not so many.
     """
@@ -99,16 +98,15 @@ def least_important(
     if contiguous:
         gone = _best_run(lists, {(parent, place): score for score, parent, place in free}, count)
     else:
-        gone = {(parent, place) for _, parent, place in sorted(free)[:count]}
-    kept = {parent: [p for p in range(len(names)) if (parent, p) not in gone] for parent, names in lists.items()}
-    if any(not places for places in kept.values()):
+        gone = [(parent, place) for _, parent, place in sorted(free)[:count]]
+    if any(all((parent, place) in gone for place in range(len(names))) for parent, names in lists.items()):
         raise SecateurError(f"layers={count} would leave a list of blocks empty: drop fewer")
-    return {parent: places for parent, places in kept.items() if len(places) < len(lists[parent])}
+    return [lists[parent][place] for parent, place in gone]
 
 
 def _best_run(
     lists: Mapping[str, Sequence[str]], scores: Mapping[tuple[str, int], float], count: int
-) -> set[tuple[str, int]]:
+) -> list[tuple[str, int]]:
     runs = [
         [(parent, place) for place in range(start, start + count)]
         for parent, names in lists.items()
@@ -117,7 +115,7 @@ def _best_run(
     runs = [run for run in runs if all(member in scores for member in run)]
     if not runs:
         raise SecateurError(f"no {count} blocks behind one another can go")
-    return set(min(runs, key=lambda run: sum(scores[member] for member in run)))
+    return min(runs, key=lambda run: sum(scores[member] for member in run))
 
 
 def drop_(model: nn.Module, kept: Kept) -> Callable[[], None]:
@@ -183,7 +181,7 @@ def skipping(model: nn.Module, kept: Kept) -> Iterator[None]:
     """The blocks that would be dropped hand on their input."""
 
     def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        given = _first(args, kwargs)
+        given = next(iter(all_given(args, kwargs)), None)
         if isinstance(output, Tensor):
             return given
         if isinstance(output, tuple):

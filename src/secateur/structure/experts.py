@@ -22,8 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from secateur.errors import SecateurError
 from secateur.forward import no_cache
-from secateur.structure.couplings import Inputs, evaluating, runner
 from secateur.structure.proof import Wrong, difference
+from secateur.structure.running import Inputs, evaluating, runner
 from secateur.structure.sizes import Values, owners
 from secateur.structure.surgery import Cut, cut_
 from secateur.structure.watch import outputs_of, tensors_of

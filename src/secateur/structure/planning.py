@@ -1,10 +1,9 @@
-"""Choose what goes: units by their scores, whole blocks, experts, heads by number; and prove that it can go."""
+"""Choose what goes: units by their scores, experts, heads by number; and prove that it can go."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
@@ -13,17 +12,17 @@ from torch import Tensor, nn
 
 from secateur.errors import SecateurError
 from secateur.recipe import nearest
-from secateur.structure import depth, experts
+from secateur.structure import experts
 from secateur.structure.attention import replace_
 from secateur.structure.budget import COSTS, Costs
 from secateur.structure.coupling import Coupling, Ints
-from secateur.structure.couplings import Couplings, Inputs, evaluating, runner
+from secateur.structure.couplings import Couplings
 from secateur.structure.criteria import importance
-from secateur.structure.depth import block_influence, check_drop, least_important, stacks
 from secateur.structure.experts import check_experts, experts_cut, keep_experts, mixtures
-from secateur.structure.plans import Attribute, Layers, Plan, Removal, Tensors, describe, ranges
+from secateur.structure.plans import Attribute, Plan, Removal, Tensors, describe, ranges, sizes_of
 from secateur.structure.proof import Wrong
 from secateur.structure.rehearsal import check_removal, compared
+from secateur.structure.running import Inputs, evaluating, runner
 from secateur.structure.selection import LEAST, NOT_BY_DEFAULT, by_budget, by_ratio, candidates, check_patterns, matches
 from secateur.structure.sizes import Clash, Values, owners
 from secateur.structure.surgery import Cut, cut_of, dead_of, mask_
@@ -151,60 +150,6 @@ def plan_heads(couplings: Couplings, heads: Mapping[int, Sequence[int]]) -> Plan
     return plan(couplings, units=units)
 
 
-def plan_layers(
-    model: nn.Module,
-    example_inputs: Inputs,
-    count: int,
-    *,
-    scores: Mapping[str, float] | None = None,
-    batches: Sequence[Any] = (),
-    contiguous: bool = False,
-    protect: Sequence[str] = (),
-) -> Plan:
-    """Choose whole blocks to drop, and prove that they can go. Nothing changes yet.
-
-    scores: block -> importance; by default the block influence that is measured on batches (or on the example inputs).
-    contiguous: blocks behind one another. protect: globs over the names of blocks. A block that others need (the first of
-    T5, which holds the position biases of all) is found by the proof, and another one takes its place.
-
-    Raises SecateurError when so many blocks cannot go.
-    """
-    with evaluating(model):
-        scores = dict(scores or block_influence(model, batches or [example_inputs]))
-        fixed = {name for name in scores if any(fnmatchcase(name, pattern) for pattern in protect)}
-        run = runner(model, example_inputs)
-        refused: dict[str, str] = {}
-        while True:
-            kept = least_important(model, count, scores, contiguous, fixed | refused.keys())
-            try:
-                apart = check_drop(model, kept, run)
-                if not apart <= depth.TOLERANCE:
-                    raise Wrong(f"without them the outputs differ by {apart:.1e} from those when they are skipped")
-                break
-            except Wrong as error:
-                guilty = _guilty(model, kept, run)
-                if not guilty:
-                    raise SecateurError(f"these blocks cannot go together: {error}") from None
-                refused |= guilty
-    lists = stacks(model)
-    removed = {name for parent, places in kept.items() for p, name in enumerate(lists[parent]) if p not in places}
-    before = _sizes(model)
-    after = {key: value - sum(_sizes(model.get_submodule(n))[key] for n in removed) for key, value in before.items()}
-    return Plan(
-        type(model).__name__,
-        {},
-        (),
-        (),
-        refused,
-        "removed == masked",
-        apart,
-        before,
-        after,
-        describe(example_inputs),
-        {parent: Layers(len(lists[parent]), tuple(places)) for parent, places in kept.items()},
-    )
-
-
 def plan_experts(model: nn.Module, example_inputs: Inputs, left: int, scores: Mapping[str, Tensor]) -> Plan:
     """Choose the experts that stay in every layer, `left` of each, and prove that the others can go. Nothing changes yet.
 
@@ -224,7 +169,7 @@ def plan_experts(model: nn.Module, example_inputs: Inputs, left: int, scores: Ma
             f"without these experts the outputs differ by {apart:.1e} of the largest from those when they are not chosen"
         )
     changes = _changes(model, cut)
-    before, trained = _sizes(model), {name for name, _ in model.named_parameters()}
+    before, trained = sizes_of(model), {name for name, _ in model.named_parameters()}
     gone = {name: math.prod(change.before) - math.prod(change.after) for name, change in changes.items()}
     tensors = tensors_of(model)
     after = {
@@ -269,30 +214,6 @@ def _attributes(model: nn.Module, values: Values) -> tuple[Attribute, ...]:
         if before != value:
             found.append(Attribute(path, name, place, before, value))
     return tuple(found)
-
-
-def _guilty(model: nn.Module, kept: Mapping[str, Sequence[int]], run: Callable[[], Any]) -> dict[str, str]:
-    """Which of the blocks that would go cannot go alone, and why."""
-    found = {}
-    for parent, names in stacks(model).items():
-        for place, name in enumerate(names):
-            if parent not in kept or place in kept[parent]:
-                continue
-            try:
-                apart = check_drop(model, {parent: [p for p in range(len(names)) if p != place]}, run)
-                if not apart <= depth.TOLERANCE:
-                    found[name] = f"other blocks need it: without it the outputs differ by {apart:.1e}"
-            except Wrong as error:
-                found[name] = str(error)
-    return found
-
-
-def _sizes(module: nn.Module) -> dict[str, int]:
-    parameters = list(module.parameters())
-    return {
-        "params": sum(p.numel() for p in parameters),
-        "bytes": sum(p.numel() * p.element_size() for p in [*parameters, *module.buffers()]),
-    }
 
 
 def _check_shares(remove: Mapping[str, float], target: Mapping[str, float]) -> None:

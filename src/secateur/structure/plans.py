@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from secateur.errors import SecateurError
 from secateur.structure.coupling import Ints
-from secateur.structure.couplings import Inputs
+from secateur.structure.running import Inputs
 
 VERSION = 1
 Ranges = tuple[tuple[int, int], ...]
@@ -65,6 +65,20 @@ class Layers:
 
 
 @dataclass(frozen=True)
+class Sublayer:
+    """A part of a block that goes alone. kind: attention, mlp, or unread for what only fed another one.
+
+    hands_on: which of the tensors that it is given it hands on when it has nothing to add; -1: none, for what it returns is
+    added elsewhere. returns: length of the tuple that it returns, 0 for a tensor. width: the last size of what it returns.
+    """
+
+    kind: str
+    hands_on: int
+    returns: int
+    width: int
+
+
+@dataclass(frozen=True)
 class Plan:
     """What goes, what stays, and what was promised and seen.
 
@@ -84,6 +98,7 @@ class Plan:
     inputs: Any
     layers: Mapping[str, Layers] = field(default_factory=dict)
     experts: Mapping[str, Ranges] = field(default_factory=dict)  # layer of experts -> those that stay
+    sublayers: Mapping[str, Sublayer] = field(default_factory=dict)  # attention and MLPs that go
     version: int = VERSION
 
     def explain(self) -> str:
@@ -95,6 +110,8 @@ class Plan:
         for name, change in self.layers.items():
             gone = sorted(set(range(change.before)) - set(change.kept))
             lines.append(f"  {name}: {change.before} blocks -> {len(change.kept)}, without {', '.join(map(str, gone))}")
+        for kind, names in self._gone().items():
+            lines.append(f"  without {len(names)} x {kind}: {', '.join(names)}")
         width = max((len(removal.coupling) for removal in self.removals), default=0)
         for removal in self.removals:
             note = "" if removal.exact else "  (a norm or mean runs over them)"
@@ -102,6 +119,13 @@ class Plan:
             lines.append(f"  {removal.coupling:{width}s}  {cut}{note}{': ' + removal.why if removal.why else ''}")
         lines += [f"  {name}: protected, {why}" for name, why in self.protected.items()]
         return "\n".join(lines)
+
+    def _gone(self) -> dict[str, list[str]]:
+        """Sublayers by kind."""
+        found: dict[str, list[str]] = {}
+        for name, sublayer in self.sublayers.items():
+            found.setdefault(sublayer.kind, []).append(name)
+        return found
 
     def to_json(self) -> dict[str, Any]:
         """A dict that JSON can hold, and `from_json` reads."""
@@ -131,12 +155,22 @@ class Plan:
                 inputs=values["inputs"],
                 layers=layers,
                 experts={name: _ranges_of(kept) for name, kept in values["experts"].items()},
+                sublayers={name: Sublayer(**was) for name, was in values["sublayers"].items()},
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise SecateurError(f"this is no plan of secateur: {type(error).__name__} {error}") from None
 
     def __str__(self) -> str:
         return self.explain()
+
+
+def sizes_of(module: nn.Module) -> dict[str, int]:
+    """Parameters of a module, and bytes of them and its buffers."""
+    parameters = list(module.parameters())
+    return {
+        "params": sum(p.numel() for p in parameters),
+        "bytes": sum(p.numel() * p.element_size() for p in [*parameters, *module.buffers()]),
+    }
 
 
 def ranges(indices: Ints) -> Ranges:

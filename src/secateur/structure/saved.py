@@ -21,9 +21,9 @@ from secateur.stream.checkpoint import DTYPES, Checkpoint, open_checkpoint
 from secateur.stream.naming import Naming
 from secateur.stream.skeleton import may_be_missing
 from secateur.structure.apply import reshape_
-from secateur.structure.couplings import Inputs, evaluating, runner
 from secateur.structure.hf_config import configs_for
 from secateur.structure.plans import Plan, inputs_from
+from secateur.structure.running import Inputs, evaluating, runner
 from secateur.structure.watch import tensors_of
 
 MANIFEST, WEIGHTS = "secateur.json", "model.safetensors"
@@ -43,7 +43,8 @@ def save(model: nn.Module, plans: Sequence[Plan], out: Path, config: Any = None,
     checks = list(checks) or [inputs_from(plans[-1].inputs)]
     want = _answers(model, checks)
     how = OURS
-    if config is not None and _stock(model, plans, out, config, checks, want):
+    absent = any(plan.sublayers for plan in plans)  # which no config can say
+    if config is not None and not absent and _stock(model, plans, out, config, checks, want):
         how = STOCK
     elif config is not None:
         state = model.config

@@ -5,21 +5,27 @@ from __future__ import annotations
 import copy
 import itertools
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
+import numpy as np
 from torch import nn
 
-from secateur.structure.coupling import Coupling
+from secateur.structure.coupling import Coupling, Ints
 from secateur.structure.couplings import Couplings
 from secateur.structure.depth import stacks
-from secateur.structure.experts import mixtures
-from secateur.structure.hf_config import configs_for
+from secateur.structure.experts import experts_cut, mixtures
+from secateur.structure.hf_config import config_without, configs_for
 from secateur.structure.rehearsal import share
+from secateur.structure.running import runner
+from secateur.structure.saved import OURS, STOCK
 from secateur.structure.sizes import Clash
+from secateur.structure.sublayers import sublayers
 from secateur.structure.surgery import cut_of, dead_of
-from secateur.structure.watch import tensors_of
+from secateur.structure.watch import on_meta, tensors_of
 
 
 @dataclass(frozen=True)
@@ -42,8 +48,12 @@ class Survey:
 
     removable: tuple[Removable, ...]
     protected: Mapping[str, tuple[str, ...]]
-    blocks: Mapping[str, int]
+    blocks: Mapping[
+        str, tuple[int, str]
+    ]  # list of blocks -> how many, and how the model loads without the last of them
+    sublayers: Mapping[str, int]  # attention and MLPs that a block can do without
     experts: Mapping[str, int]
+    experts_load: str = ""
 
 
 def survey(couplings: Couplings) -> Survey:
@@ -56,8 +66,32 @@ def survey(couplings: Couplings) -> Survey:
     for name, reason in couplings.protected.items():
         reasons.setdefault(reason, []).append(re.sub(r"\d+(?=\.)", "*", name))
     protected = {reason: tuple(dict.fromkeys(names)) for reason, names in reasons.items()}
-    blocks = {name: len(members) for name, members in stacks(couplings.model).items()}
-    return Survey(found, protected, blocks, {m.name: m.count for m in mixtures(couplings.model)})
+    return Survey(found, protected, _blocks(couplings.model), _sublayers(couplings), *_experts(couplings.model))
+
+
+def _blocks(model: nn.Module) -> dict[str, tuple[int, str]]:
+    found = {}
+    for name, members in stacks(model).items():
+        config, count = _config(model), len(members)
+        shorter = config and config_without(type(model), config, {name: (count, range(count - 1))})
+        found[name] = (count, "" if config is None else OURS if shorter is None else STOCK)
+    return found
+
+
+def _sublayers(couplings: Couplings) -> dict[str, int]:
+    """How many of each kind; found by values, so that there are none on the meta device."""
+    model = couplings.model
+    if on_meta(model):
+        return {}
+    return dict(Counter(was.kind for was in sublayers(model, runner(model, couplings.inputs)).values()))
+
+
+def _experts(model: nn.Module) -> tuple[dict[str, int], str]:
+    """Experts of every layer, and how the model loads with half of them."""
+    found = mixtures(model)
+    half = {m.name: np.arange(m.count // 2) for m in found}
+    loads = _loads_with(model, experts_cut(model, found, half).kept, ()) if found else ""
+    return {m.name: m.count for m in found}, loads
 
 
 def _removable(couplings: Couplings, kind: str, members: list[Coupling]) -> Removable:
@@ -73,21 +107,27 @@ def _removable(couplings: Couplings, kind: str, members: list[Coupling]) -> Remo
 
 def _loads(couplings: Couplings, members: list[Coupling]) -> str:
     """Whether some config has the shapes that are left when half of every coupling goes. Outputs are not compared."""
-    model: nn.Module = couplings.model
-    config = getattr(model, "config", None)
-    if config is None or not hasattr(config, "to_dict"):
+    if _config(couplings.model) is None:
         return ""
     if members[0].kind == "head_dim":  # a config that has the shapes changes the scale of attention
-        return "secateur.load"
+        return OURS
     dead = dead_of(couplings.facts, [(c, share(c, c.steps // 2)) for c in members])
     try:
         kept = cut_of(couplings.facts, dead).kept
     except Clash:
-        return "secateur.load"
+        return OURS
+    return _loads_with(couplings.model, kept, {Fraction(c.steps - c.steps // 2, c.steps) for c in members})
+
+
+def _loads_with(model: nn.Module, kept: Mapping[str, Mapping[int, Ints]], ratios: Collection[Fraction]) -> str:
     shapes = {}
     for name, tensor in tensors_of(model).items():
         dims = kept.get(name, {})
         shapes[name] = tuple(len(dims[d]) if d in dims else n for d, n in enumerate(tensor.shape))
-    ratios = {Fraction(c.steps - c.steps // 2, c.steps) for c in members}
-    found = next(itertools.islice(configs_for(model, copy.deepcopy(config), shapes, ratios), 1), None)
-    return "secateur.load" if found is None else "stock"
+    found = next(itertools.islice(configs_for(model, copy.deepcopy(_config(model)), shapes, ratios), 1), None)
+    return OURS if found is None else STOCK
+
+
+def _config(model: nn.Module) -> Any | None:
+    config = getattr(model, "config", None)
+    return config if hasattr(config, "to_dict") else None
