@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
 
 from secateur.structure.identities import Dim, Identities
 from secateur.structure.rules import RULES, Call, Dims, Seen, Work, elementwise, unknown
@@ -96,13 +95,14 @@ class Watch(TorchDispatchMode):
         where = self.where[-1] if self.where else ""
         if rule is unknown:
             self.facts.unknown.setdefault(f"{func}", where)
-        seen = tree_map(lambda v: self._see(v) if isinstance(v, Tensor) else v, (args, kwargs))
-        named = dict(zip((argument.name for argument in func._schema.arguments), seen[0], strict=False)) | seen[1]
+        seen = tuple(self._see(value) for value in args)
+        named = dict(zip((argument.name for argument in func._schema.arguments), seen, strict=False))
+        named |= {name: self._see(value) for name, value in kwargs.items()}
         shapes = [tuple(result.shape) for result in results]
         reductions: list[Dim] = []
         facts = self.facts
         call = Call(
-            facts.ids, f"aten.{name}", seen[0], named, shapes, facts.equal_parts, reductions, self.groups, facts.work
+            facts.ids, f"aten.{name}", seen, named, shapes, facts.equal_parts, reductions, self.groups, facts.work
         )
         try:
             found = rule(call)
@@ -113,8 +113,11 @@ class Watch(TorchDispatchMode):
         for result, dims in zip(results, found, strict=True):
             self._keep(result, dims)
 
-    def _see(self, tensor: Tensor) -> Seen:
-        return Seen(tuple(tensor.shape), self.dims_of(tensor), tuple(tensor.stride()))
+    def _see(self, value: Any) -> Any:
+        """An argument, and what is in it where it is a list: tensors as `Seen`."""
+        if isinstance(value, Tensor):
+            return Seen(tuple(value.shape), self.dims_of(value), tuple(value.stride()))
+        return [self._see(item) for item in value] if isinstance(value, (list, tuple)) else value
 
     def _keep(self, result: Tensor, dims: Dims) -> None:
         for place, (size, dim) in enumerate(zip(result.shape, dims, strict=True)):
