@@ -2,9 +2,10 @@
 
     python benchmarks/structured.py --model SMOLLM2 [--part vision,language]
 
-Language: SmolLM2-135M, 10, 20 and 30 % of the parameters of its blocks removed by every criterion, and whole blocks by
-their influence. Calibration: 32 windows of 512 tokens of WikiText-2 `valid`. What a method takes from (neurons, heads) and
-how that is spread is chosen on 8 windows of `valid` between those; 32 windows of `test` are read once for each choice.
+Language: SmolLM2-135M, 10, 20 and 30 % of the parameters of its blocks removed by every criterion; whole blocks, and
+attention and MLPs alone, by their influence. Calibration: 32 windows of 512 tokens of WikiText-2 `valid`. What a
+method takes from (neurons, heads) and how that is spread is chosen on 8 windows of `valid` between those; 32 windows
+of `test` are read once for each choice.
 Vision: EfficientNet-Lite0 on 1,000 ImageNet images: 200 to calibrate on, 800 to measure top-1 and flips on.
 One line per cell goes to results/structured.jsonl; cells that are there already are skipped.
 """
@@ -29,8 +30,10 @@ from secateur.data.text import load_text
 from secateur.errors import SecateurError
 from secateur.forward import default_loss
 from secateur.measure.quality import token_losses
-from secateur.structure import Couplings, apply_, importance, plan, plan_layers, trace
+from secateur.structure import Couplings, apply_, importance, plan, plan_layers, plan_sublayers, trace
+from secateur.structure.apply import reshape_
 from secateur.structure.depth import block_influence
+from secateur.structure.sublayers import sublayer_influence, sublayers
 
 SHARES = (0.1, 0.2, 0.3)
 CALIBRATION, TEST = 32, 32  # windows
@@ -83,6 +86,7 @@ def language(folder: Path) -> Iterator[dict[str, Any]]:
     blocks = sum(p.numel() for p in model.model.layers.parameters())
     whole = sum(p.numel() for p in model.parameters())
     yield from depth(model, calibration, choose, test)
+    yield from sublayers_alone(model, calibration, choose, test)
     example = {"input_ids": calibration[0]["input_ids"][:, :16].repeat(2, 1), "use_cache": False}
     couplings = trace(model, example)
     for criterion in CRITERIA:
@@ -153,22 +157,57 @@ def depth(
         tried, plans = {}, {}
         for name, contiguous in (("scattered", False), ("contiguous", True)):
             plans[name] = plan_layers(model, example, count, scores=scores, contiguous=contiguous)
-            tried[name] = measured(model, plans[name], choose, example)
+            tried[name] = measured(model, plans[name], choose)
         winner = min((value, name) for name, value in tried.items())[1]
         yield {
             "cell": cell,
             "setting": winner,
             "chosen": tried,
-            "result": measured(model, plans[winner], test, example),
+            "result": measured(model, plans[winner], test),
             "params": plans[winner].after["params"],
             "kept": {name: change.kept for name, change in plans[winner].layers.items()},
         }
 
 
-def measured(model: nn.Module, found: Any, ids: Tensor, example: Any = None) -> float:
+def sublayers_alone(
+    model: nn.Module, calibration: list[dict[str, Tensor]], choose: Tensor, test: Tensor
+) -> Iterator[dict[str, Any]]:
+    """Attention and MLPs by their influence: only the ones, only the others, or both in equal numbers."""
+    example = {"input_ids": calibration[0]["input_ids"][:, :16].repeat(2, 1), "use_cache": False}
+    layers: Any = model.model.layers  # type: ignore[union-attr]
+    parts = (layers[0].self_attn, layers[0].mlp, layers[0])
+    attention, mlp, block = (sum(p.numel() for p in part.parameters()) for part in parts)
+    scores = None
+    for share in SHARES:
+        cell = f"language sublayers {share}"
+        if cell in done():
+            continue
+        gone = share * block * len(layers)
+        asked = {"attention": {"attention": gone / attention}, "mlp": {"mlp": gone / mlp}}
+        asked["both"] = dict.fromkeys(("attention", "mlp"), gone / (attention + mlp))
+        scores = scores or sublayer_influence(model, calibration, sublayers(model, lambda: model(**example)))
+        tried, plans = {}, {}
+        for name, counts in asked.items():
+            counts = {kind: round(count) for kind, count in counts.items()}
+            if max(counts.values()) >= len(layers):
+                continue  # not so many
+            plans[name] = plan_sublayers(model, example, counts, scores=scores)
+            tried[name] = measured(model, plans[name], choose)
+        winner = min((value, name) for name, value in tried.items())[1]
+        yield {
+            "cell": cell,
+            "setting": winner,
+            "chosen": tried,
+            "result": measured(model, plans[winner], test),
+            "params": plans[winner].after["params"],
+            "gone": sorted(plans[winner].sublayers),
+        }
+
+
+def measured(model: nn.Module, found: Any, ids: Tensor) -> float:
     """Perplexity of a copy that is cut."""
     copied = copy.deepcopy(model)
-    apply_(copied, found, example)
+    reshape_(copied, found)  # the plan was proven when it was made
     return perplexity(copied, ids)
 
 

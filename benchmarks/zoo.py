@@ -6,7 +6,8 @@ The models: every family of families.yaml with random weights, the nets of tests
 (EfficientNet-Lite0, ResNet-56, MiniLM, SmolLM2) where they can be had, all in float64. The peers (Torch-Pruning with and
 without hints, torch-kirigami) are installed into build/peers by this script. No tool's own word is taken for a result: the
 kept indices are recovered from the values of the weights, and the cut model has to compute what the model does in which all
-else is zero, with norms over what remains. Writes results/zoo.json.
+else is zero, with norms over what remains. For secateur also: half of every kind alone, a block, an attention and an
+MLP, and how each of these loads again. A tool has LIMIT seconds for a model. Writes results/zoo.json.
 """
 
 from __future__ import annotations
@@ -31,20 +32,24 @@ from torch import Tensor, nn
 
 import families
 from common import RESULTS, ROOT, SHARED, machine, write
+from secateur.errors import SecateurError
 from secateur.forward import no_cache
 from secateur.stream.observe import make_observable
 from secateur.stream.skeleton import may_be_missing
-from secateur.structure import apply_, plan, save, trace
+from secateur.structure import Plan, apply_, plan, plan_layers, plan_sublayers, save, trace
 from secateur.structure.apply import dead_from
 from secateur.structure.attention import SplitAttention, replace_
 from secateur.structure.proof import Masked, difference
 from secateur.structure.running import cached, runner
+from secateur.structure.saved import OURS, STOCK
 from secateur.structure.surgery import Cut, mask_
 from secateur.structure.watch import follow, located, outputs_of, plainly
 
 PEERS = ROOT / "build/peers"
 VERSIONS = {"torch-pruning": "1.6.1", "torch-kirigami": "0.2.1"}
-EXACT, LIMIT, REPEATS = 1e-5, 60, 9
+EXACT, REPEATS = 1e-5, 9
+LIMIT = {"secateur": 120}  # seconds for a model
+PEERS_LIMIT, LARGER = 30, 10  # of the others; times so many for real models
 Model = tuple[nn.Module, Any]
 sys.path[:0] = [str(ROOT / "tests/structure"), str(PEERS)]
 
@@ -141,12 +146,18 @@ def secateur(model: nn.Module, inputs: Any) -> dict[str, Any]:
         raise Refused("; ".join(sorted(set(couplings.protected.values())))[:300])
     found = plan(couplings, remove=dict.fromkeys(kinds, 0.5), multiple=1, least=0.01)
     planned = time.perf_counter()
+    parts = {
+        kind: plan(couplings, remove={kind: 0.5}, multiple=1, least=0.01)
+        for kind in {c.kind for c in able}
+        if hasattr(getattr(model, "config", None), "to_dict")
+    }
     apply_(model, found, inputs)
     return {
         "trace seconds": traced - started,
         "plan seconds": planned - traced,
         "couplings": len(couplings),
         "plans": [found],
+        "parts": parts,
     }
 
 
@@ -387,13 +398,14 @@ def examine(name: str, tools: list[str]) -> dict[str, Any]:
     row: dict[str, Any] = {}
     for tool in tools:
         signal.signal(signal.SIGALRM, _too_long)
-        signal.alarm(LIMIT)
+        limit = LIMIT.get(tool, PEERS_LIMIT) * (LARGER if name.startswith("real") else 1)
+        signal.alarm(limit)
         try:
             row[tool] = _with(name, tool)
         except Refused as error:
             row[tool] = {"verdict": "refused", "why": str(error)}
         except TimeoutError:
-            row[tool] = {"verdict": "too long", "why": f"more than {LIMIT} seconds"}
+            row[tool] = {"verdict": "too long", "why": f"more than {limit} seconds"}
         except Exception as error:
             row[tool] = {"verdict": "error", "why": f"{type(error).__name__}: {str(error)[:200]}"}
         finally:
@@ -410,12 +422,13 @@ def _with(name: str, tool: str) -> dict[str, Any]:
     original = copy.deepcopy(model)
     config = copy.deepcopy(getattr(model, "config", None))
     details = TOOLS[tool](model, inputs)
-    plans = details.pop("plans", None)
+    plans, parts = details.pop("plans", None), details.pop("parts", {})
     found = judge(original, model, inputs) | details
     if found["verdict"] == "exact":
         found["speed-up"] = _speed_up(original, model, inputs)
         if plans is not None:
             found |= _ours(model, plans, config, inputs)
+            found["alone"] = dict(_alone(original, parts, config, inputs))
         elif config is not None:
             found["stock reload"] = _reloads(model, inputs)
     return found
@@ -489,6 +502,27 @@ def _ours(model: nn.Module, plans: list[Any], config: Any, inputs: Any) -> dict[
     return found
 
 
+def _alone(model: nn.Module, parts: dict[str, Plan], config: Any, inputs: Any) -> Iterator[tuple[str, str]]:
+    """What is removed alone -> how the model loads then, or why it cannot go."""
+    if config is None or not parts:
+        return
+    ways = {kind: lambda found=found: found for kind, found in parts.items()}
+    ways |= {
+        "layers": lambda: plan_layers(model, inputs, 1),
+        "attention": lambda: plan_sublayers(model, inputs, {"attention": 1}),
+        "mlp": lambda: plan_sublayers(model, inputs, {"mlp": 1}),
+    }
+    for what, make in ways.items():
+        try:
+            found = make()
+            cut = copy.deepcopy(model)
+            apply_(cut, found, inputs)
+            with tempfile.TemporaryDirectory() as folder:
+                yield what, save(cut, [found], Path(folder), copy.deepcopy(config), [inputs])
+        except SecateurError as error:
+            yield what, str(error).split("\n")[0][:200]
+
+
 def _reloads(model: Any, inputs: Any) -> bool:
     """Whether save_pretrained and from_pretrained give the cut model back."""
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
@@ -552,6 +586,8 @@ def _marks(row: dict[str, Any]) -> Iterator[str]:
         yield "reload"
     if row.get("generates"):
         yield "generates"
+    for what, loads in row.get("alone", {}).items():
+        yield f"{what} alone: {loads if loads in (STOCK, OURS) else 'not to be had'}"
 
 
 def _install() -> None:
