@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -15,7 +17,7 @@ from secateur import options
 from secateur.cli import app
 from secateur.errors import SecateurError
 from secateur.smaller import Smaller, remove
-from secateur.structure import load
+from secateur.structure import load, plan, trace
 
 MAGNITUDE = {"criterion": "magnitude", "multiple": 1}
 
@@ -183,3 +185,122 @@ def test_more_of_depth_than_there_is(folder, tmp_path, ask):
     assert found.exit_code == 2
     assert "can go" in found.stderr.replace("\n", " ")
     assert list(tmp_path.iterdir()) == []
+
+
+# A module of the user's own, and recipes
+
+
+def small_net() -> torch.nn.Module:
+    """What `--build test_smaller:small_net` makes."""
+    layers = [nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3), nn.BatchNorm2d(16)]
+    return nn.Sequential(*layers, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
+
+
+@pytest.fixture
+def built(tmp_path, monkeypatch) -> Path:
+    """A folder with weights, and inputs with labels."""
+    torch.manual_seed(0)
+    save_file(small_net().state_dict(), tmp_path / "net.safetensors")
+    pixels, labels = torch.randn(12, 3, 9, 9), torch.randint(10, (12,))
+    save_file({"input": pixels, "labels": labels}, tmp_path / "inputs.safetensors")
+    monkeypatch.chdir(Path(__file__).parent)
+    return tmp_path
+
+
+def from_build(folder: Path, *more: object):
+    given = ["--build", "test_smaller:small_net", "--weights", folder / "net.safetensors", "--samples", 12]
+    given += ["--calibration", folder / "inputs.safetensors"]
+    return run("prune", *given, "--out", folder / "out", *more)
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "taylor", "flap", "norm-scale"])
+def test_a_module_of_ones_own(built, criterion):
+    found = from_build(built, "--target", "macs=-50%", "--criterion", criterion, "--multiple", 1)
+    assert found.exit_code == 0, found.stderr
+    assert "small_net())" in found.output
+    model = load(built / "out", small_net())
+    assert model[0].out_channels < 8
+    masked = small_net()  # by hand: the whole weights where they stay, zeros elsewhere
+    weights = load_file(built / "net.safetensors")
+    plan = json.loads((built / "out" / "secateur.json").read_text())["plans"][0]
+    for name, change in plan["tensors"].items():
+        for dim, ranges in change["kept"].items():
+            stays = torch.zeros(weights[name].shape[int(dim)])
+            for start, stop in ranges:
+                stays[start:stop] = 1
+            shape = [-1 if place == int(dim) else 1 for place in range(weights[name].ndim)]
+            if "running_var" not in name:
+                weights[name] = weights[name] * stays.view(shape)
+    masked.load_state_dict(weights)
+    pixels = load_file(built / "inputs.safetensors")["input"]
+    torch.testing.assert_close(model(pixels), masked.eval()(pixels))
+
+
+def test_taylor_of_a_classifier_is_that_of_its_cross_entropy(built):
+    from secateur.smaller import remove_built
+
+    wanted = Smaller(
+        target={"macs": 0.5},
+        criterion="taylor",
+        multiple=1,
+        calibration={"source": built / "inputs.safetensors", "samples": 12},
+    )
+    found = remove_built("test_smaller:small_net", built / "net.safetensors", wanted, built / "out")
+    model = small_net().eval()
+    model.load_state_dict(load_file(built / "net.safetensors"))
+    data = load_file(built / "inputs.safetensors")
+    batches = [{"input": x[None], "labels": y[None]} for x, y in zip(data["input"], data["labels"], strict=True)]
+
+    def loss(net, batch):
+        return nn.functional.cross_entropy(net(batch["input"]), batch["labels"])
+
+    couplings = trace(model, data["input"][:2])
+    want = plan(couplings, target={"macs": 0.5}, criterion="taylor", batches=batches, loss=loss, multiple=1)
+    assert want.tensors == found.plans[0].tensors
+
+
+def test_a_module_of_ones_own_needs_inputs_and_a_loss(built):
+    given = ["--build", "test_smaller:small_net", "--weights", built / "net.safetensors", "--out", built / "out"]
+    found = run("prune", *given, "--target", "macs=-50%")
+    assert found.exit_code == 2
+    assert "a tensor file" in found.stderr or "one tensor for each argument" in found.stderr.replace("\n", " ")
+    data = load_file(built / "inputs.safetensors")
+    save_file({"input": data["input"]}, built / "inputs.safetensors")
+    found = from_build(built, "--target", "macs=-50%", "--criterion", "taylor")
+    assert found.exit_code == 2
+    assert "add a tensor `labels`" in found.stderr
+    assert not (built / "out").exists()
+
+
+def test_a_recipe_says_what_to_remove(folder, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"model: {folder}\nout: {tmp_path / 'one'}\nremove: {{ffn: 50%, layers: 1}}\nmultiple: 1\ncriterion: magnitude\n"
+    )
+    found = run("run", recipe)
+    assert found.exit_code == 0, found.stderr
+    found = run("prune", folder, "--recipe", recipe, "--out", tmp_path / "two", "--remove", "layers=2")
+    assert found.exit_code == 0, found.stderr
+    assert len(load(tmp_path / "one").model.layers) == 3
+    assert load(tmp_path / "one").config.intermediate_size == 8
+    assert len(load(tmp_path / "two").model.layers) == 2
+    assert load(tmp_path / "two").config.intermediate_size == 16
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("remove: {ffn: a lot}", "no share"),
+        ("remove: {ffn: 30%}\ntarget: {macs: -50%}", "either what to remove or what may remain"),
+        ("remove: {ffn: 30%}\nmultipel: 8", "did you mean 'multiple'"),
+        ("target: {macs: -50%}\ncriterion: wand", "unknown criterion"),
+    ],
+)
+def test_recipes_that_make_no_sense(folder, tmp_path, line, says):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"model: {folder}\nout: {tmp_path / 'out'}\n{line}\n")
+    found = run("run", recipe)
+    assert found.exit_code == 2
+    assert says in found.stderr
+    assert "recipe.yaml" in found.stderr
+    assert not (tmp_path / "out").exists()

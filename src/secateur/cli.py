@@ -61,6 +61,9 @@ SMALL_TEXT = (
 )
 
 
+STRUCTURAL = {"remove", "target"}  # keys of a recipe that removes structure
+
+
 @dataclass(frozen=True)
 class Output:
     """What to print: json is for programs, quiet for scripts."""
@@ -228,35 +231,39 @@ def prune(
         secateur prune ./llama --pattern 2:4 --protect '*.layers.0.*' --out ./p24
         secateur prune ./llama --threshold 1.5s --out ./pruned --dry-run
         secateur prune ./llama --remove ffn=30% heads=25% layers=2 --out ./small
-        secateur prune ./resnet --target macs=-50% --out ./small
+        secateur prune --build mypkg.models:resnet56 --weights r56.safetensors \\
+            --calibration images.npz --target macs=-50% --out ./small
         secateur prune --build mypkg.models:resnet56 --weights r56.safetensors \\
             --method magnitude --out ./pruned
 
     Without --sparsity, --pattern or --threshold half of the weights go. The recipe that results is shown first.
     """
-    if remove or target:
+    if method is not None and recipe is not None:
+        raise SecateurError("--method and --recipe both say what to do: drop one, or put `method:` into the recipe")
+    base = {} if recipe is None else read_yaml(recipe)
+    where = "recipe" if recipe is None else str(recipe)
+    data = {"source": calibration, "field": field, "samples": samples, "length": length}
+    globs = {"protect": protect, "include": include}
+    if remove or target or STRUCTURAL & base.keys():
         weights_only = {"--sparsity": sparsity, "--pattern": pattern, "--threshold": threshold, "--method": method}
-        weights_only |= {"--granularity": granularity, "--update": update, "--recipe": recipe, "--build": build}
+        weights_only |= {"--granularity": granularity, "--update": update, "--dtype": dtype}
         if both := [name for name, value in weights_only.items() if value is not None]:
             raise SecateurError(
                 f"{both[0]} is for single weights, --remove and --target for structure: run one after the other"
             )
-        values: dict[str, Any] = {"remove": options.shares(remove, "--remove"), "criterion": criterion}
-        values |= {"target": options.shares(target, "--target"), "allocation": allocation, "multiple": multiple}
-        values |= {"least": least, "steps": steps, "contiguous": contiguous, "seed": seed, "model": model, "out": out}
-        data = {"source": calibration, "field": field, "samples": samples, "length": length}
-        wanted = options.changed({}, values, data, {"protect": protect, "include": include})
-        _remove(wanted, device, dry_run, Output(as_json, quiet))
+        asked = {"remove": options.shares(remove, "--remove"), "target": options.shares(target, "--target")}
+        if remove or target:  # in place of what a recipe says on it
+            base = {key: value for key, value in base.items() if key not in STRUCTURAL}
+        given = asked | {"criterion": criterion, "allocation": allocation, "multiple": multiple, "least": least}
+        given |= {"steps": steps, "contiguous": contiguous or None, "seed": seed, "model": model, "out": out}
+        given |= {"build": build, "weights": weights}
+        _remove(options.changed(base, given, data, globs), where, device, dry_run, Output(as_json, quiet))
         return
-    if method is not None and recipe is not None:
-        raise SecateurError("--method and --recipe both say what to do: drop one, or put `method:` into the recipe")
     given = {"model": model, "out": out, "build": build, "weights": weights, "method": method, "criterion": criterion}
     given |= {"granularity": granularity, "allocation": allocation, "update": update, "seed": seed, "dtype": dtype}
-    data = {"source": calibration, "field": field, "samples": samples, "length": length}
-    base = {} if recipe is None else read_yaml(recipe)
-    values = options.changed(base, given, data, {"protect": protect, "include": include})
+    values = options.changed(base, given, data, globs)
     values |= options.amount(base, sparsity, pattern, threshold, granularity)
-    wanted = make_run(values, "recipe" if recipe is None else str(recipe))
+    wanted = make_run(values, where)
     _prune(wanted, device, resume, dry_run, Output(as_json, quiet), str(recipe or wanted.method))
 
 
@@ -281,9 +288,18 @@ def run(
         sparsity: 0.6
         calibration: {source: wiki.txt, samples: 128}
 
+    or, for structure,
+
+        model: ./llama
+        out: ./small
+        remove: {ffn: 30%, heads: 25%, layers: 2}
+
     Relative paths in it start at the current directory. An unknown key is an error that names the nearest known one.
     """
-    _prune(make_run(read_yaml(recipe), str(recipe)), device, resume, dry_run, Output(as_json, quiet), str(recipe))
+    values, output = read_yaml(recipe), Output(as_json, quiet)
+    if STRUCTURAL & values.keys():
+        return _remove(values, str(recipe), device, dry_run, output)
+    return _prune(make_run(values, str(recipe)), device, resume, dry_run, output, str(recipe))
 
 
 @app.command(rich_help_panel="Pruning")
@@ -410,30 +426,29 @@ def demo(
 # Pruning
 
 
-def _remove(values: dict[str, Any], device: str, dry_run: bool, output: Output) -> None:
-    from secateur.smaller import Smaller, remove
+def _remove(values: dict[str, Any], where: str, device: str, dry_run: bool, output: Output) -> None:
+    from secateur.smaller import Smaller, remove, remove_built
 
-    wanted = validate(Smaller, values, "structure")
-    if wanted.model is None:
-        raise SecateurError("say what to prune: a model folder")
+    wanted = validate(Smaller, values, where)
+    _check_what(wanted.model, wanted.build, wanted.weights)
     if wanted.out is None and not dry_run:
         raise SecateurError("say where to write the result: --out DIR, a new folder")
     _silence()
+    out = wanted.out or Path("pruned")
     with output.bars() as bars:
-        found = remove(
-            wanted.model, wanted, wanted.out or Path("pruned"), device=device, progress=bars, write=not dry_run
-        )
-    output.show(display.shrunk(found, wanted.out))
+        if wanted.build is not None and wanted.weights is not None:
+            found = remove_built(
+                wanted.build, wanted.weights, wanted, out, device=device, progress=bars, write=not dry_run
+            )
+        else:
+            assert wanted.model is not None
+            found = remove(wanted.model, wanted, out, device=device, progress=bars, write=not dry_run)
+    output.show(display.shrunk(found, wanted.out, wanted.build))
     output.result(found.as_dict(), f"{wanted.out}: {found.after['params']:,} parameters")
 
 
 def _prune(run: Run, device: str, resume: bool, dry_run: bool, output: Output, title: str) -> None:
-    if (run.model is None) == (run.build is None):
-        raise SecateurError("say what to prune: either a model folder, or --build module:function with --weights file")
-    if (run.build is None) != (run.weights is None):
-        raise SecateurError(
-            "--build and --weights go together: the function that builds the module, and its state dict"
-        )
+    _check_what(run.model, run.build, run.weights)
     if run.out is None:
         raise SecateurError("say where to write the result: --out DIR, a new folder")
     _silence()
@@ -448,6 +463,15 @@ def _prune(run: Run, device: str, resume: bool, dry_run: bool, output: Output, t
     output.show(display.result(report, run.out))
     output.result({"out": str(run.out)} | details, display.closing(report, run.out))
     return None
+
+
+def _check_what(model: str | None, build: str | None, weights: Path | None) -> None:
+    if (model is None) == (build is None):
+        raise SecateurError("say what to prune: either a model folder, or --build module:function with --weights file")
+    if (build is None) != (weights is None):
+        raise SecateurError(
+            "--build and --weights go together: the function that builds the module, and its state dict"
+        )
 
 
 def _work(run: Run, out: Path, device: str, resume: bool, bars: Callable[[str, int, int, str], None]) -> Report:

@@ -239,7 +239,7 @@ def reasons(protected: Mapping[str, str]) -> RenderableType:
 # Evaluating
 
 
-def shrunk(found: Shrunk, out: Path | None) -> RenderableType:
+def shrunk(found: Shrunk, out: Path | None, build: str | None = None) -> RenderableType:
     """What structure went, what that saves, and how the result loads."""
     table = _table("", "before", "after", "", right=(1, 2, 3))
     rows = [("parameters", "params", "{:,}"), ("bytes of the weights", "bytes", "{:,}")]
@@ -260,10 +260,10 @@ def shrunk(found: Shrunk, out: Path | None) -> RenderableType:
                 cuts.add_row(removal.coupling, f"{removal.size:,}", f"{removal.left:,}")
     last = [Text(f"proof: {p.promise}, difference {p.difference:.0e} of the largest output") for p in found.plans]
     if found.loads_with:
-        how = (
-            "stock transformers" if found.loads_with == "stock" else f'secateur.load("{out}"): no config has its shapes'
-        )
-        last.append(Text(f"loads with: {how}"))
+        ours = f'secateur.load("{out}"): no config has its shapes'
+        if build is not None:
+            ours = f'secateur.load("{out}", {build.rpartition(":")[2]}())'
+        last.append(Text(f"loads with: {'stock transformers' if found.loads_with == 'stock' else ours}"))
     return _spaced(cuts, table, Group(*last))
 
 

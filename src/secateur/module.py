@@ -101,7 +101,7 @@ def examine_built(build: str, weights: str | Path, recipe: Recipe, out: str | Pa
     check_out(path, Path(out))
     checkpoint = open_weights(path)
     make = find_function(build)
-    module = _fresh(make, checkpoint, recipe.dtype, device)
+    module = fresh(make, checkpoint, recipe.dtype, device)
     plan = make_plan(module, recipe)
     dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
     data = _data(recipe, module, dtype, device)
@@ -159,7 +159,7 @@ def _here_on_path() -> Iterator[None]:
         sys.path.remove(here)
 
 
-def _fresh(make: Callable[[], nn.Module], weights: Checkpoint, dtype: str, device: str) -> nn.Module:
+def fresh(make: Callable[[], nn.Module], weights: Checkpoint, dtype: str, device: str) -> nn.Module:
     """The module with the file's weights, in eval mode."""
     name = getattr(make, "__name__", str(make))
     try:
@@ -288,7 +288,7 @@ def _verify(built: Built, path: Path, probe: Batch | None, expected: Tensor | No
         return {"how": "every tensor read back and compared", "difference": 0.0, "tolerance": 0.0}
     dtype = str(next(built.module.parameters()).dtype).removeprefix("torch.")
     device = str(next(built.module.parameters()).device)
-    again = _fresh(built.make, open_file(path), dtype, device)
+    again = fresh(built.make, open_file(path), dtype, device)
     apart = difference(expected, _answer(again, probe))
     if not apart <= TOLERANCE:
         raise SecateurError(

@@ -201,25 +201,17 @@ def shares(given: list[str] | None, option: str) -> dict[str, float] | None:
     """ffn=30% or layers=2, for --remove: what goes. macs=-50% or bytes=200M, for --target: what may remain."""
     if not given:
         return None
+    from secateur.smaller.request import share
+
     found = {}
     for text in given:
         name, _, value = text.partition("=")
-        number = _number(value)
-        if not name or number is None:
+        try:
+            found[name] = share(value if name else None, signed=option == "--target")
+        except ValueError:
             example = "ffn=30%, layers=2" if option == "--remove" else "macs=-50%, bytes=200M"
-            raise SecateurError(f"{option} {text!r}: expected {example}")
-        if option == "--target" and number < 0:
-            number += 1  # -50 % goes, 50 % remain
-        found[name] = number
+            raise SecateurError(f"{option} {text!r}: expected {example}") from None
     return found
-
-
-def _number(text: str) -> float | None:
-    match = re.fullmatch(r"([+-]?\d*\.?\d+)\s*(%|[kKMGB])?", text.strip())
-    if match is None:
-        return None
-    unit = {"%": 0.01, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, None: 1.0}[match.group(2)]
-    return float(match.group(1)) * unit
 
 
 def spread(words: list[str]) -> list[str]:
