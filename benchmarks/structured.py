@@ -30,7 +30,17 @@ from secateur.data.text import load_text
 from secateur.errors import SecateurError
 from secateur.forward import default_loss
 from secateur.measure.quality import token_losses
-from secateur.structure import Couplings, apply_, importance, plan, plan_layers, plan_sublayers, trace
+from secateur.structure import (
+    Couplings,
+    apply_,
+    importance,
+    norm_factors,
+    plan,
+    plan_layers,
+    plan_sublayers,
+    rescale_,
+    trace,
+)
 from secateur.structure.apply import reshape_
 from secateur.structure.depth import block_influence
 from secateur.structure.sublayers import sublayer_influence, sublayers
@@ -100,6 +110,32 @@ def language(folder: Path) -> Iterator[dict[str, Any]]:
             if cell not in done():
                 target = {"params": (whole - share * blocks) / whole}
                 yield {"cell": cell, "scoring seconds": scoring, **best(model, couplings, scores, target, choose, test)}
+    yield from width(model, couplings, calibration, test)
+
+
+def width(
+    model: nn.Module, couplings: Couplings, calibration: list[dict[str, Tensor]], test: Tensor
+) -> Iterator[dict[str, Any]]:
+    """Hidden width by mean activations, and norms rescaled to what they gave before."""
+    scores = None
+    for share in SHARES:
+        cell = f"language width {share}"
+        if cell in done():
+            continue
+        scores = scores or importance(couplings, "activation", batches=calibration)
+        found = plan(couplings, remove={"hidden": share}, scores=scores, multiple=16)
+        cut = copy.deepcopy(model)
+        factors = norm_factors(model, found, calibration)
+        reshape_(cut, found)
+        plain = perplexity(cut, test)
+        rescale_(cut, factors)
+        yield {
+            "cell": cell,
+            "setting": "norms rescaled",
+            "result": perplexity(cut, test),
+            "as cut": plain,
+            "params": found.after["params"],
+        }
 
 
 def best(

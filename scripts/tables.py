@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,137 @@ def families() -> str:
     return "\n".join([f"{passed} of {len(rows)} models pass everything.", "", *lines])
 
 
+TOOLS = {
+    "secateur": "secateur",
+    "torch-pruning, hints": "Torch-Pruning, with hints",
+    "torch-pruning": "Torch-Pruning",
+    "torch-kirigami": "torch-kirigami",
+}
+
+
+def zoo() -> str:
+    """What became of half of the structure of many models, tool by tool."""
+    rows = _whole("zoo.json").get("models", {})
+    outcomes = {
+        "exact": ["exact"],
+        "**silently wrong**": ["silently wrong"],
+        "refused": ["refused"],
+        "no result": ["does not run", "error", "too long", "cannot be judged"],
+        "nothing removed": ["nothing removed"],
+    }
+    head = ["tool", "models", *outcomes, "stock reload", "generates", "speed-up, median", "seconds, median and most"]
+    lines = [_row(head), _row(["---"] * len(head))]
+    for tool, label in TOOLS.items():
+        found = [row[tool] for row in rows.values() if tool in row]
+        if not found:
+            continue
+        counts = [sum(row["verdict"] in kinds for row in found) for kinds in outcomes.values()]
+        counts += [sum(bool(row.get(key)) for row in found) for key in ("stock reload", "generates")]
+        speed = statistics.median([row["speed-up"] for row in found if "speed-up" in row] or [0])
+        seconds = [row.get("trace seconds", 0) + row["plan seconds"] for row in found if "plan seconds" in row] or [0]
+        times = f"{statistics.median(seconds):.2f}, {max(seconds):.1f}"
+        lines.append(_row([label, str(len(found)), *map(str, counts), f"{speed:.2f}x", times]))
+    return "\n".join(lines)
+
+
+def reloads() -> str:
+    """How models load when a single kind of structure went."""
+    counts: dict[str, dict[str, int]] = {}
+    for row in _whole("zoo.json").get("models", {}).values():
+        for kind, loads in row.get("secateur", {}).get("alone", {}).items():
+            known = loads if loads in ("stock", "secateur.load") else "cannot go"
+            counts.setdefault(kind, {}).setdefault(known, 0)
+            counts[kind][known] += 1
+    columns = {"stock": "stock transformers", "secateur.load": "`secateur.load`", "cannot go": "cannot go alone"}
+    lines = [_row(["half of, or one of", "models", *columns.values()]), _row(["---"] * 5)]
+    for kind, found in sorted(counts.items(), key=lambda item: -sum(item[1].values())):
+        total = sum(found.values())
+        lines.append(_row([f"`{kind}`", str(total), *(str(found.get(column, 0)) for column in columns)]))
+    return "\n".join(lines)
+
+
+def zoo_models() -> str:
+    """Every model of the zoo."""
+    head = [
+        "model",
+        "trace, s",
+        "plan, s",
+        "verdict",
+        "params left",
+        "generates",
+        "loads",
+        "speed-up",
+        *list(TOOLS.values())[1:],
+    ]
+    lines = [_row(head), _row(["---"] * len(head))]
+    for name, row in _whole("zoo.json").get("models", {}).items():
+        ours = row.get("secateur", {})
+        left = f"{ours['after'] / ours['params']:.0%}" if "after" in ours else ""
+        writes = {True: "yes", False: "no"}.get(ours.get("generates"), "")  # type: ignore[arg-type]
+        cells = [f"{ours[key]:.2f}" if key in ours else "" for key in ("trace seconds", "plan seconds")]
+        speed = f"{ours['speed-up']:.2f}x" if "speed-up" in ours else ""
+        peers = [row.get(tool, {}).get("verdict", "") for tool in list(TOOLS)[1:]]
+        lines.append(_row([name, *cells, ours.get("verdict", ""), left, writes, ours.get("reload", ""), speed, *peers]))
+    return "\n".join(lines)
+
+
+def latency() -> str:
+    """Three models at half of their multiply-accumulates."""
+    head = ["model", "MACs", "bytes", "peak memory", "forward", "a token"]
+    lines = [_row(head), _row(["---"] * len(head))]
+    for name, row in _whole("latency.json").get("models", {}).items():
+        shares = [f"{row[key][1] / row[key][0]:.2f}x" for key in ("macs", "bytes", "peak bytes")]
+        forward = "{:.0f} to {:.0f} ms, {:.2f}x".format(*row["forward ms"], row["speed-up"])
+        token = (
+            "{:.0f} to {:.0f} ms, {:.2f}x".format(*row["token ms"], row["decoding speed-up"])
+            if "token ms" in row
+            else ""
+        )
+        lines.append(_row([name, *shares, forward, token]))
+    return "\n".join(lines)
+
+
+def structured_language() -> str:
+    """Perplexity of SmolLM2-135M without some of its structure."""
+    rows = {row["cell"]: row for row in _lines("structured.jsonl") if row["cell"].startswith("language")}
+    methods = dict.fromkeys(cell.split()[1] for cell in rows if cell != "language dense")
+    lines = [_row(["criterion", *(f"{share:.0%}" for share in SHARES)]), _row(["---"] * (len(SHARES) + 1))]
+    for method in methods:
+        cells = [rows.get(f"language {method} {share}") for share in SHARES]
+        shown = [f"{c['result']:,.1f} ({c['setting']}{_as_cut(c)})" if c else "" for c in cells]
+        lines.append(_row([NAMES.get(method, method), *shown]))
+    dense = rows.get("language dense", {}).get("result", 0)
+    return "\n".join([f"Perplexity of the whole model: {dense:.1f}.", "", *lines])
+
+
+def structured_vision() -> str:
+    """Top-1 of EfficientNet-Lite0 with fewer multiply-accumulates."""
+    rows = {row["cell"]: row["result"] for row in _lines("structured.jsonl") if row["cell"].startswith("vision")}
+    methods = dict.fromkeys(cell.split()[1] for cell in rows if cell != "vision dense")
+    head = [f"{share:.0%}, {how}" for share in SHARES for how in ("uniform", "global")]
+    lines = [_row(["criterion", *head]), _row(["---"] * (len(head) + 1))]
+    for method in methods:
+        cells = []
+        for share in SHARES:
+            found = rows.get(f"vision {method} {share}", {})
+            for how in ("uniform", "global"):
+                plain, anew = found.get(how), found.get(f"{how}, batch norms anew")
+                cells.append(
+                    f"{plain['top-1']:.1%}, {anew['top-1']:.1%} ({anew['flips']:.0%})" if plain and anew else ""
+                )
+        lines.append(_row([method, *cells]))
+    dense = rows.get("vision dense", 0)
+    return "\n".join([f"Top-1 of the whole model: {dense:.1%}.", "", *lines])
+
+
+SHARES = (0.1, 0.2, 0.3)
+NAMES = {"depth": "whole blocks", "sublayers": "attention, MLPs", "width": "hidden width, activation"}
+
+
+def _as_cut(cell: dict[str, Any]) -> str:
+    return f"; as cut {cell['as cut']:,.1f}" if "as cut" in cell else ""
+
+
 def _problems(row: dict[str, Any], key: str) -> list[str]:
     return row["results"].get(key, {}).get("problems", ["not tried"])
 
@@ -143,6 +275,12 @@ TABLES = {
     "solver": solver,
     "memory": memory,
     "families": families,
+    "zoo": zoo,
+    "reloads": reloads,
+    "zoo-models": zoo_models,
+    "latency": latency,
+    "structured-language": structured_language,
+    "structured-vision": structured_vision,
 }
 
 

@@ -304,3 +304,20 @@ def test_recipes_that_make_no_sense(folder, tmp_path, line, says):
     assert says in found.stderr
     assert "recipe.yaml" in found.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_norms_over_fewer_elements_are_rescaled_where_there_is_data(folder, tmp_path):
+    wanted = Smaller(
+        remove={"hidden": 0.5}, criterion="activation", multiple=1, calibration={"samples": 2, "length": 16}
+    )
+    found = remove(folder, wanted, tmp_path / "out")
+    before, after = state(folder), state(tmp_path / "out")
+    ratios = []
+    for name, change in found.plans[0].tensors.items():
+        if "norm" in name:
+            kept = torch.cat([torch.arange(start, stop) for start, stop in change.kept[0]])
+            ratio = after[name] / before[name][kept]
+            torch.testing.assert_close(ratio, ratio[0].expand_as(ratio))  # one factor for each norm
+            ratios.append(float(ratio[0]))
+    assert len(set(ratios)) == len(ratios) == 9
+    assert all(ratio != 1 for ratio in ratios)

@@ -65,7 +65,7 @@ def remove_built(
     example = {key: torch.cat([batch[key] for batch in given[:2]]) for key in given[0]}
     gradients = bool(CRITERIA[criterion].needs & GRADIENTS)
     loss = _loss(module, batches) if gradients else None
-    work = Work(module, example, batches if gradients else given, (), criterion, wanted, progress, loss)
+    work = Work(module, example, given, (), criterion, wanted, progress, loss, batches)
     with staged(out) if write else contextlib.nullcontext() as staging:
         found = work.shrink(lambda: fresh(make, checkpoint, "auto", device))
         if CRITERIA[criterion].needs or DEPTH & set(wanted.remove or {}):

@@ -14,10 +14,21 @@ from torch import Tensor, nn
 from secateur.forward import default_loss
 from secateur.prune import Progress
 from secateur.smaller.request import Shrunk, Smaller
-from secateur.structure import Plan, apply_, plan, plan_experts, plan_layers, plan_sublayers, trace
+from secateur.structure import (
+    Plan,
+    apply_,
+    norm_factors,
+    plan,
+    plan_experts,
+    plan_layers,
+    plan_sublayers,
+    rescale_,
+    trace,
+)
 from secateur.structure.criteria import CRITERIA
 from secateur.structure.depth import stacks
 from secateur.structure.experts import expert_scores, mixtures
+from secateur.structure.plans import RECOMPUTED
 from secateur.structure.sublayers import KINDS
 from secateur.weights.gradients import Loss
 
@@ -38,11 +49,12 @@ class Work:
         wanted: Smaller,
         progress: Progress,
         loss: Loss | None = None,
+        labelled: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         self.model, self.example, self.holdout = model, example, holdout
         self.criterion, self.wanted, self.progress = criterion, wanted, progress
-        self.batches = [dict(batch) for batch in batches]  # what criteria read
-        self.loss = loss
+        self.batches = [dict(batch) for batch in batches]  # what the model takes
+        self.loss, self.labelled = loss, [dict(batch) for batch in labelled]  # what the loss takes, where that is more
         self.seconds: dict[str, float] = {}
 
     def shrink(self, again: Callable[[], nn.Module]) -> Shrunk:
@@ -108,12 +120,17 @@ class Work:
             couplings,
             **wanted.choice(ask),
             criterion=self.criterion,
-            batches=self.batches if needs else (),
+            batches=((self.labelled if needs & GRADIENTS else []) or self.batches) if needs else (),
             loss=(self.loss or default_loss(self.model)) if needs & GRADIENTS else None,
             steps=wanted.steps,
         )
+        factors = {}
+        if found.promise == RECOMPUTED and self.batches:
+            self.progress("rescale", 0, 1, "norms over what remains")
+            factors = self._timed("rescale", lambda: norm_factors(self.model, found, self.batches))
         self.progress("cut", 0, 1, found.promise)
         apply_(self.model, found, self.example)
+        rescale_(self.model, factors)
         return found
 
     def measures(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from secateur.structure.depth_planning import plan_layers, plan_sublayers
 from secateur.structure.experts import expert_scores
 from secateur.structure.planning import plan, plan_experts, plan_heads
 from secateur.structure.plans import Plan
+from secateur.structure.rescale import norm_factors, rescale_
 from secateur.structure.saved import load, save
 
 __all__ = [
@@ -19,11 +20,13 @@ __all__ = [
     "expert_scores",
     "importance",
     "load",
+    "norm_factors",
     "plan",
     "plan_experts",
     "plan_heads",
     "plan_layers",
     "plan_sublayers",
+    "rescale_",
     "save",
     "trace",
 ]

@@ -19,7 +19,7 @@ from secateur.structure.coupling import Coupling, Ints
 from secateur.structure.couplings import Couplings
 from secateur.structure.criteria import importance
 from secateur.structure.experts import check_experts, experts_cut, keep_experts, mixtures
-from secateur.structure.plans import Attribute, Plan, Removal, Tensors, describe, ranges, sizes_of
+from secateur.structure.plans import RECOMPUTED, Attribute, Plan, Removal, Tensors, describe, ranges, sizes_of
 from secateur.structure.proof import Wrong
 from secateur.structure.rehearsal import check_removal, compared
 from secateur.structure.running import Inputs, evaluating, runner
@@ -307,7 +307,7 @@ def _proven(
         attributes,
         removals,
         dict(couplings.protected),
-        "recomputed" if seen.restricted else "removed == masked",
+        RECOMPUTED if seen.restricted else "removed == masked",
         seen.difference,
         costs.of({}),
         costs.of(shares),

@@ -16,6 +16,7 @@ from secateur.structure.coupling import Ints
 from secateur.structure.running import Inputs
 
 VERSION = 1
+RECOMPUTED = "recomputed"  # norms run over what remains
 Ranges = tuple[tuple[int, int], ...]
 
 

@@ -17,7 +17,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from secateur.structure.identities import Dim, Identities
-from secateur.structure.rules import RULES, Call, Dims, Seen, Work, elementwise, unknown
+from secateur.structure.rules import RULES
+from secateur.structure.rules.call import Call, Dims, Seen, Work
+from secateur.structure.rules.pointwise import elementwise, unknown
 from secateur.structure.sizes import Use, Uses, remembered
 
 
