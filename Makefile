@@ -38,6 +38,9 @@ bench: install
 	$(BIN)/python benchmarks/kill.py
 	$(BIN)/python benchmarks/families.py
 	$(BIN)/python benchmarks/oneshot.py --model $(SMOLLM2)
+	$(BIN)/python benchmarks/zoo.py
+	$(BIN)/python benchmarks/latency.py
+	$(BIN)/python benchmarks/structured.py --model $(SMOLLM2)
 
 clean:
 	rm -rf $(VENV) build
