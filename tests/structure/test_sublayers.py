@@ -271,3 +271,16 @@ def test_a_plan_for_another_model_leaves_it_as_it_was():
 def test_blocks_with_a_single_part_have_none():
     stack = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)) for _ in range(3)))
     assert sublayers(stack, lambda: stack(torch.randn(2, 3, 4))) == {}
+
+
+def test_widths_after_sublayers():
+    """What stands in for a sublayer says nothing of its own about sizes; OPT's has to."""
+    torch.manual_seed(0)
+    config = transformers.OPTConfig(
+        vocab_size=32, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, ffn_dim=24, word_embed_proj_dim=16
+    )
+    for model in (decoder(), transformers.OPTForCausalLM(config).eval()):
+        width = model.get_input_embeddings().weight.shape[1]
+        apply_(model, plan_sublayers(model, IDS, {"attention": 1, "mlp": 1}), IDS)
+        apply_(model, plan(trace(model, IDS), remove={"hidden": 0.5, "ffn": 0.5}, multiple=1), IDS)
+        assert model.get_input_embeddings().weight.shape[1] == width // 2

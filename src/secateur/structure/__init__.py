@@ -6,6 +6,7 @@ from secateur.structure.couplings import Couplings, trace
 from secateur.structure.criteria import importance
 from secateur.structure.depth_planning import plan_layers, plan_sublayers
 from secateur.structure.experts import expert_scores
+from secateur.structure.origins import parameter_map
 from secateur.structure.planning import plan, plan_experts, plan_heads
 from secateur.structure.plans import Plan
 from secateur.structure.rescale import norm_factors, rescale_
@@ -21,6 +22,7 @@ __all__ = [
     "importance",
     "load",
     "norm_factors",
+    "parameter_map",
     "plan",
     "plan_experts",
     "plan_heads",

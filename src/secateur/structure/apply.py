@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -207,8 +207,3 @@ def _exercise(model: nn.Module, run: Any) -> None:
             wrong = [p for p, g in zip(trained, gradients, strict=True) if g is not None and g.shape != p.shape]
             if wrong:
                 raise Wrong("a gradient has not the shape of its parameter")
-
-
-def parameter_map(plan: Plan) -> Mapping[str, Mapping[int, Any]]:
-    """Old to new: tensor -> dimension -> the old indices that its new ones had."""
-    return {n: {d: indices_of(r) for d, r in change.kept.items()} for n, change in plan.tensors.items()}

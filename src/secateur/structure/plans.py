@@ -70,7 +70,8 @@ class Sublayer:
     """A part of a block that goes alone. kind: attention, mlp, or unread for what only fed another one.
 
     hands_on: which of the tensors that it is given it hands on when it has nothing to add; -1: none, for what it returns is
-    added elsewhere. returns: length of the tuple that it returns, 0 for a tensor. width: the last size of what it returns.
+    added elsewhere. returns: length of the tuple that it returns, 0 for a tensor. width: the last size of what it
+    returns; 0: as that of what it is given.
     """
 
     kind: str

@@ -16,7 +16,7 @@ from secateur.errors import SecateurError
 from secateur.stream.checkpoint import DTYPES, INDEX, SINGLE, Checkpoint, open_checkpoint, to_bytes
 from secateur.stream.naming import Group
 from secateur.stream.source import Source
-from secateur.structure.apply import parameter_map
+from secateur.structure.origins import kept_of
 from secateur.structure.plans import Plan
 from secateur.structure.surgery import Keep, narrowed
 
@@ -37,7 +37,7 @@ def cut_checkpoint(source: Source, plan: Plan, out: Path) -> None:
 
     Raises SecateurError where what is on disk cannot be cut on its own (a conversion that only works on whole tensors).
     """
-    kept = parameter_map(plan)
+    kept = kept_of(plan)
     groups = _groups(source, plan)
     shapes: Shapes = {}
     for group in source.naming.groups.values():
@@ -58,7 +58,7 @@ def cut_checkpoint(source: Source, plan: Plan, out: Path) -> None:
 
 def check_shards(source: Source, plan: Plan, out: Path) -> None:
     """Read the cut shards again: every tensor is the narrowed original, bit for bit. Raises SecateurError."""
-    kept = parameter_map(plan)
+    kept = kept_of(plan)
     written = open_checkpoint(out)
     for group in source.naming.groups.values():
         made = source.naming.assemble(group, source.checkpoint.read)

@@ -43,13 +43,18 @@ class Nothing(nn.Module):
         for name, value in vars(was).items():  # that others read: layer_idx, is_causal
             if type(value) in PLAIN and not name.startswith("_") and name != "training":
                 setattr(self, name, value)
-        self._sublayer = sublayer
+        self._sublayer, self.width = sublayer, sublayer.width
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Nothing, in the form of what was returned here."""
         was = self._sublayer
         given = all_given(args, kwargs)
-        out = given[was.hands_on] if was.hands_on >= 0 else given[0].new_zeros(*given[0].shape[:-1], was.width)
+        if was.hands_on >= 0:
+            out = given[was.hands_on]
+        elif self.width:
+            out = given[0].new_zeros(*given[0].shape[:-1], self.width)
+        else:
+            out = torch.zeros_like(given[0])
         return (out, *[None] * (was.returns - 1)) if was.returns else out
 
     def extra_repr(self) -> str:
@@ -150,7 +155,8 @@ def _ways(able: Mapping[str, _Call], given: Tensor) -> list[tuple[int, ...]]:
 def _described(call: _Call, hands_on: int) -> Sublayer:
     out = first_of(call.output)
     assert out is not None
-    return Sublayer(MLP, hands_on, len(call.output) if isinstance(call.output, tuple) else 0, out.shape[-1])
+    width = out.shape[-1] if out.shape[-1] != all_given(call.args, call.kwargs)[0].shape[-1] else 0
+    return Sublayer(MLP, hands_on, len(call.output) if isinstance(call.output, tuple) else 0, width)
 
 
 def _looks_elsewhere(module: nn.Module, call: _Call) -> bool:
@@ -220,7 +226,7 @@ def with_unread(model: nn.Module, absent: Absent, run: Callable[[], Any]) -> dic
                 if name not in found and name in calls and not _read(model, block, name, calls[block], absent):
                     out = first_of(calls[name].output)
                     if out is not None and not isinstance(calls[name].output, tuple):
-                        found[name] = Sublayer(UNREAD, 0, 0, out.shape[-1])
+                        found[name] = Sublayer(UNREAD, 0, 0, 0)
     return found
 
 
