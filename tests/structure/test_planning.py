@@ -418,3 +418,28 @@ def test_units_of_blocks_go_evenly(traced):
         plan(traced["u net"], units={grouped.name: [0]})
     found = plan(traced["u net"], units={grouped.name: [int(block[0]) for block in grouped.blocks]})
     assert next(r.left for r in found.removals if r.coupling == grouped.name) == 4
+
+
+def test_the_rank_of_an_adapter_is_a_kind_of_its_own():
+    """A budget does not take from it, and neurons do not mean it."""
+
+    class Adapted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+            self.a, self.b = nn.Linear(8, 2, bias=False), nn.Linear(2, 16, bias=False)
+
+        def forward(self, x):
+            return x + self.down(torch.relu(self.up(x) + self.b(self.a(x))))
+
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Adapted() for _ in range(2)), nn.Linear(8, 3))
+    stack = nn.Sequential(nn.Sequential(*model[:2]), model[2])
+    x = torch.randn(2, 5, 8)
+    couplings = trace(stack, x)
+    assert [c.size for c in couplings if c.kind == "rank"] == [2, 2]
+    assert [c.size for c in couplings if c.kind == "ffn"] == [16, 16]
+    found = plan(couplings, target={"params": 0.7}, multiple=1)
+    assert all(removal.left == removal.size for removal in found.removals if removal.kind == "rank")
+    named = plan(couplings, remove={"rank": 0.5}, multiple=1)
+    assert {removal.left for removal in named.removals if removal.kind == "rank"} == {1}

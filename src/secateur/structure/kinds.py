@@ -18,6 +18,7 @@ KINDS = {
     "queries": "query heads, as many from each key-value group",
     "head_dim": "entries of every head of a layer",
     "ffn": "neurons between two linear layers of a block",
+    "rank": "the inner width of a product of two matrices of lower rank, such as an adapter's",
     "channels": "channels of convolutions",
     "groups": "whole groups of grouped convolutions",
     "units": "anything else",
@@ -62,8 +63,15 @@ def _kind(coupling: Coupling, tensors: Mapping[str, Tensor], blocks: Collection[
         return "hidden"
     if convolves:
         return "channels"
+    if len(first) == len(weights) == 2 and touched != {None} and _low_rank(weights):
+        return "rank"
     neurons = len(weights) > 1 and touched != {None} and not any(part.dim and _raw(part.parameter) for part in first)
     return "ffn" if neurons else "units"
+
+
+def _low_rank(weights: Sequence[tuple[Slice, Tensor]]) -> bool:
+    """Two matrices, a tall and a wide one, whose inner width is less than both outer ones."""
+    return all(t.ndim == 2 and t.shape[part.dim] < t.shape[1 - part.dim] for part, t in weights)
 
 
 def _raw(parameter: str) -> bool:

@@ -21,8 +21,8 @@ from secateur.structure.coupling import Coupling, Ints
 from secateur.structure.couplings import Couplings
 from secateur.structure.kinds import KINDS
 
-MULTIPLE = {"channels": 8, "groups": 1, "heads": 1, "queries": 1, "head_dim": 8}  # of other kinds 64
-NOT_BY_DEFAULT = ("head_dim", "queries")  # a budget does not take from these unless they are named
+MULTIPLE = {"channels": 8, "groups": 1, "heads": 1, "queries": 1, "head_dim": 8, "rank": 8}  # others 64
+NOT_BY_DEFAULT = ("head_dim", "queries", "rank")  # a budget does not take from these unless they are named
 LEAST = 0.1  # share of every coupling that a budget leaves
 
 
