@@ -106,13 +106,18 @@ def _stock(
         model.config = found
         try:
             model.save_pretrained(out)  # type: ignore[operator]
-            again = type(model).from_pretrained(out, dtype=next(model.parameters()).dtype)  # type: ignore[attr-defined]
+            again = _whole_double(type(model).from_pretrained(out, dtype=next(model.parameters()).dtype))  # type: ignore[attr-defined]
             _compute_alike(again, model)
             _compare(again, checks, want, "stock transformers")
             return True
         except Exception:  # of transformers' many checks of a config; then it is not this one
             model.config = current
     return False
+
+
+def _whole_double(model: nn.Module) -> nn.Module:
+    """A model in float64 with its buffers, which transformers makes in float32 whatever the weights are."""
+    return model.double() if next(model.parameters()).dtype == torch.float64 else model
 
 
 def _compute_alike(again: Any, model: Any) -> None:
@@ -204,7 +209,7 @@ def _class_of(path: Path) -> tuple[Any, Any]:
 
 def _stock_model(path: Path) -> nn.Module:
     kind, _ = _class_of(path)
-    return kind.from_pretrained(path, dtype="auto")
+    return _whole_double(kind.from_pretrained(path, dtype="auto"))
 
 
 def _rebuilt(path: Path, plans: Sequence[Plan]) -> nn.Module:
@@ -216,7 +221,7 @@ def _rebuilt(path: Path, plans: Sequence[Plan]) -> nn.Module:
     checkpoint = open_checkpoint(path)
     _fill(model, dict(_converted(model, checkpoint)))
     model.tie_weights()
-    return model
+    return _whole_double(model)
 
 
 def _converted(model: nn.Module, checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
