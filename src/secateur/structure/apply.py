@@ -36,7 +36,7 @@ def apply_(model: nn.Module, plan: Plan, example_inputs: Inputs | None = None) -
     run = runner(model, inputs)
     with evaluating(model):
         back: list[Callable[[], None]] = []
-        before = cached(model, inputs)
+        before, learns = cached(model, inputs), _learns(model, run)
         try:
             _drop(model, plan, run, back)
             _without_sublayers(model, plan, run, back)
@@ -44,7 +44,7 @@ def apply_(model: nn.Module, plan: Plan, example_inputs: Inputs | None = None) -
                 _cut_experts(model, plan, run, back)
             elif plan.tensors:
                 _cut(model, plan, inputs, run, back)
-            _exercise(model, run)
+            _exercise(model, run, learns)
             check_cached(model, inputs, before)
         except BaseException as error:
             for step in reversed(back):
@@ -191,13 +191,22 @@ def dead_from(facts: Facts, cut: Cut) -> np.ndarray:
     return (owned > 0) & (alive == 0)
 
 
-def _exercise(model: nn.Module, run: Any) -> None:
-    """Forward and backward of the cut model, in its own dtype. Raises Wrong."""
+def _learns(model: nn.Module, run: Callable[[], Any]) -> bool:
+    """Whether gradients can be had at all; some code takes its own, or writes where a gradient needs what was there."""
+    try:
+        _exercise(model, run, True)
+        return True
+    except RuntimeError:
+        return False
+
+
+def _exercise(model: nn.Module, run: Callable[[], Any], learns: bool) -> None:
+    """Forward and backward of the model, in its own dtype. Raises Wrong."""
     if on_meta(model):
         return
     run_listening(model, run)
     trained = [p for p in model.parameters() if p.requires_grad]
-    if not trained:
+    if not trained or not learns:
         return
     with torch.enable_grad():
         outputs = [t for t in outputs_of(run()) if t.is_floating_point() and t.requires_grad]

@@ -18,7 +18,7 @@ from secateur.errors import SecateurError
 from secateur.forward import no_cache
 from secateur.stream.blocks import find_blocks
 from secateur.structure.hf_config import config_without
-from secateur.structure.proof import Wrong, difference
+from secateur.structure.proof import Wrong, difference, returned
 from secateur.structure.running import Inputs, evaluating, runner
 from secateur.structure.watch import outputs_of
 
@@ -206,12 +206,12 @@ def check_drop(model: nn.Module, kept: Kept, run: Callable[[], Any]) -> float:
     with torch.no_grad():
         try:
             with skipping(model, kept):
-                want = [t for t in outputs_of(run()) if t.is_floating_point()]
+                want = returned(run())
         except failures:
             raise Wrong("they change the shape of what passes them") from None
         undo = drop_(model, kept)
         try:
-            got = [t for t in outputs_of(run()) if t.is_floating_point()]
+            got = returned(run())
         except failures as error:
             raise Wrong(f"the model does not run without them: {error}") from None
         finally:

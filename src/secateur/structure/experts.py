@@ -22,11 +22,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from secateur.errors import SecateurError
 from secateur.forward import no_cache
-from secateur.structure.proof import Wrong, difference
+from secateur.structure.proof import Wrong, difference, returned
 from secateur.structure.running import Inputs, evaluating, runner
 from secateur.structure.sizes import Values, owners
 from secateur.structure.surgery import Cut, cut_
-from secateur.structure.watch import outputs_of, tensors_of
+from secateur.structure.watch import tensors_of
 from secateur.weights.layers import all_layers
 
 TOLERANCE = 1e-4
@@ -169,10 +169,10 @@ def check_experts(model: nn.Module, found: Sequence[Mixture], kept: Kept, run: C
     """The relative difference of the cut model and the one whose router never takes the removed experts. Raises Wrong."""
     with torch.no_grad():
         with _without(model, found, kept):
-            want = [t for t in outputs_of(run()) if t.is_floating_point()]
+            want = returned(run())
         undo = cut_(model, experts_cut(model, found, kept))
         try:
-            got = [t for t in outputs_of(run()) if t.is_floating_point()]
+            got = returned(run())
         except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
             raise Wrong(f"the model does not run without these experts: {error}") from None
         finally:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from secateur.structure.proof import Wrong, difference
 from secateur.structure.watch import on_meta
@@ -53,11 +54,34 @@ def runner(model: nn.Module, example_inputs: Inputs) -> Callable[[], Any]:
             value = value.to("meta") if meta else value
             return value.to(dtype) if value.is_floating_point() else value
 
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), _unchanged(model):
             torch.manual_seed(0)
             return model(*map(fit, args), **{key: fit(value) for key, value in kwargs.items()})
 
     return run
+
+
+@contextlib.contextmanager
+def _unchanged(model: nn.Module) -> Iterator[None]:
+    """What a forward leaves behind on its modules (caches, buffers that it updates or makes) is gone afterwards: each run is
+    like the first one.
+    """
+    with _disable_current_modes():
+        tables = [(vars(module), dict(vars(module))) for module in model.modules()]
+        inner = [(table["_buffers"], dict(table["_buffers"])) for table, _ in tables]
+        buffers = {id(b): b for _, before in inner for b in before.values() if b is not None and not on_meta(model)}
+        kept = [(buffer, buffer._version, buffer.detach().clone()) for buffer in buffers.values()]
+    try:
+        yield
+    finally:
+        with _disable_current_modes(), torch.no_grad():
+            for table, before in [*tables, *inner]:
+                if table.keys() != before.keys() or any(table[key] is not value for key, value in before.items()):
+                    table.clear()
+                    table.update(before)
+            for buffer, version, copy in kept:
+                if buffer._version != version:
+                    buffer.copy_(copy)
 
 
 def writing(model: Any, inputs: Inputs) -> Write | None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from secateur.forward import no_cache
 from secateur.structure.depth import all_given, first_of, stacks
 from secateur.structure.plans import Sublayer
-from secateur.structure.proof import Wrong, difference
+from secateur.structure.proof import Wrong, difference, returned
 from secateur.structure.running import Inputs, evaluating, runner
 from secateur.structure.watch import outputs_of
 
@@ -344,10 +344,10 @@ def check_remove(model: nn.Module, absent: Absent, run: Callable[[], Any]) -> fl
     """The relative difference of the model without sublayers and the one in which they return nothing. Raises Wrong."""
     with torch.no_grad():
         with _silenced(model, absent):
-            want = [t for t in outputs_of(run()) if t.is_floating_point()]
+            want = returned(run())
         undo = remove_(model, absent)
         try:
-            got = [t for t in outputs_of(run()) if t.is_floating_point()]
+            got = returned(run())
         except FAILURES as error:
             raise Wrong(f"the model does not run without them: {error}") from None
         finally:

@@ -7,6 +7,8 @@ facts about the identities of indices (see `identities`). What is left free at t
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from secateur.errors import SecateurError
 from secateur.structure.identities import Dim, Identities
 from secateur.structure.rules import RULES
 from secateur.structure.rules.call import Call, Dims, Seen, Work
@@ -52,7 +55,9 @@ class Watch(TorchDispatchMode):
         self.facts = facts
         self.where: list[str] = []
         self.groups: dict[str, Dim] = {}
+        self._run = object()
         self._dims: dict[int, Dims] = {}
+        self.reached: set[int] = set()  # identities of the objects that operators were given, or parts of them
         self._storages: dict[int, tuple[Tensor, Dims]] = {}
         for name, tensor in tensors_of(model).items():
             if id(tensor) in self._dims:
@@ -61,18 +66,24 @@ class Watch(TorchDispatchMode):
             if name not in facts.dims:
                 facts.dims[name] = [facts.ids.new(size) if size > 1 else None for size in tensor.shape]
             dims = self._dims[id(tensor)] = facts.dims[name]
-            self._storages[tensor.untyped_storage()._cdata] = (tensor, dims)
+            if tensor.layout == torch.strided:
+                self._storages[tensor.untyped_storage()._cdata] = (tensor, dims)
 
     def dims_of(self, tensor: Tensor) -> Dims:
         """The identities of a tensor's indices; of a tensor from elsewhere, nothing can be removed."""
         found = self._dims.get(id(tensor))
-        if found is None:
-            found = getattr(tensor, "_secateur_dims", None)
+        if found is not None:
+            self.reached.add(id(tensor))
+        else:
+            owner, found = getattr(tensor, "_secateur_dims", (None, None))
+            found = found if owner is self._run else None  # a model may keep tensors from one run to the next
         if found is None:
             try:
                 base, dims = self._storages.get(tensor.untyped_storage()._cdata, (None, []))
             except NotImplementedError:  # a tensor inside torch.vmap: whatever it holds, what comes out is plain
                 return [None] * tensor.ndim
+            if base is not None:
+                self.reached.add(id(base))
             if base is not None and base.shape == tensor.shape and base.stride() == tensor.stride():
                 return dims
             for dim in dims:
@@ -128,7 +139,7 @@ class Watch(TorchDispatchMode):
                 self.facts.ids.protect(dim, "picked by its position")
                 dims[place] = None
         if id(result) not in self._dims:
-            result._secateur_dims = dims  # type: ignore[attr-defined]
+            result._secateur_dims = (self._run, dims)  # type: ignore[attr-defined]
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
@@ -193,22 +204,70 @@ def follow(model: nn.Module, run: Callable[[], Any], also: Callable[[], Any] | N
         if also is not None:
             with contextlib.suppress(RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError):
                 also()  # where the model itself cannot, there is nothing to follow
-    facts.uses, facts.work, facts.traced = uses.found, work, facts.ids.copy()
-    for tensor in outputs_of(output):
+    facts.uses, facts.work = uses.found, work
+    alone = list(_like_siblings(model, watch))
+    facts.traced = facts.ids.copy()
+    for name in alone:
+        for dim in facts.dims[name]:
+            facts.ids.protect(dim, "not used on these inputs")
+    found = list(outputs_of(output))
+    if not found:
+        raise SecateurError(
+            f"{type(model).__name__} returns {type(output).__name__}, in which no tensor is found: nothing can be proven\n"
+            "  Trace a module that wraps it and returns its tensors, as a tuple or by name."
+        )
+    for tensor in found:
         for dim in watch.dims_of(tensor):
             facts.ids.protect(dim, "an output of the model")
     return facts
 
 
+def _like_siblings(model: nn.Module, watch: Watch) -> Iterator[str]:
+    """Parameters that the inputs did not reach go with those of the same name, numbers apart, and shape that were reached:
+    an expert that no token chose with one that some did. Yields those that have no such sibling.
+    """
+    facts, reached = watch.facts, {}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, parameter in parameters.items():
+        if id(parameter) in watch.reached:
+            reached.setdefault((re.sub(r"\d+", "#", name), parameter.shape), name)
+    for name, parameter in parameters.items():
+        if id(parameter) in watch.reached:
+            continue
+        sibling = reached.get((re.sub(r"\d+", "#", name), parameter.shape))
+        if sibling is None:
+            yield name
+            continue
+        for one, other in zip(facts.dims[name], facts.dims[sibling], strict=True):
+            facts.ids.same(one, other)
+
+
 def outputs_of(output: Any) -> Iterator[Tensor]:
-    """The tensors of an output that its reader counts on. Where there are logits, inner states are not among them."""
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, Mapping):
-        inner = ("hidden_state", "past_key_values", "attentions", "cache") if "logits" in output else ()
-        for key, value in output.items():
+    """The tensors of an output that its reader counts on: in containers and dataclasses, and where the output is some other
+    object, in its attributes. Where transformers gives logits, inner states are not among them.
+    """
+    if _holds(output):
+        output = vars(output)
+    yield from _inside(output)
+
+
+def _holds(value: Any) -> bool:
+    """An object that is no container and not called: a namespace, a record."""
+    known = isinstance(value, (Tensor, Mapping, list, tuple, nn.Module, type))
+    return hasattr(value, "__dict__") and not known and not callable(value)
+
+
+def _inside(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        of_transformers = hasattr(value, "to_tuple") and "logits" in value
+        inner = ("hidden_state", "past_key_values", "attentions", "cache") if of_transformers else ()
+        for key, part in value.items():
             if not any(word in str(key) for word in inner):
-                yield from outputs_of(value)
-    elif isinstance(output, (list, tuple)):
-        for value in output:
-            yield from outputs_of(value)
+                yield from _inside(part)
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _inside(part)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        yield from _inside(vars(value))
