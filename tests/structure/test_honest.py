@@ -1,0 +1,205 @@
+"""Nothing counts as proven that was not seen: outputs in unusual forms, parts that the inputs do not reach, state."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from secateur.errors import SecateurError
+from secateur.structure import apply_, plan, trace
+
+
+@dataclass
+class Answer:
+    """What a model may return."""
+
+    scores: Tensor
+
+
+class Returns(nn.Module):
+    """A net that returns its scores in some form."""
+
+    def __init__(self, form):
+        super().__init__()
+        self.a, self.b, self.form = nn.Linear(4, 8), nn.Linear(8, 3), form
+
+    def forward(self, x):
+        return self.form(self.b(torch.relu(self.a(x))))
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        Answer,
+        lambda y: SimpleNamespace(scores=y),
+        lambda y: {"inner": [Answer(y)]},
+        lambda y: {"logits": y[:, :1], "last_hidden_state": y},
+    ],
+    ids=["dataclass", "namespace", "nested", "not of transformers"],
+)
+def test_outputs_in_any_form_keep_their_sizes(form):
+    torch.manual_seed(0)
+    model = Returns(form).eval()
+    couplings = trace(model, torch.randn(5, 4))
+    assert [c.size for c in couplings] == [8]
+    assert "an output" in couplings.protected["b.weight:0"]
+
+
+@pytest.mark.parametrize("form", [lambda y: int(y.argmax()), lambda y: str(y.shape), lambda y: None])
+def test_outputs_without_tensors_are_refused(form):
+    with pytest.raises(SecateurError, match="no tensor is found"):
+        trace(Returns(form).eval(), torch.randn(5, 4))
+
+
+class Shifted(nn.Module):
+    """Reads its hidden width by fixed numbers, so that nothing of it may go."""
+
+    def __init__(self, form):
+        super().__init__()
+        self.a, self.b, self.form = nn.Linear(4, 16), nn.Linear(16, 6), form
+
+    def forward(self, x):
+        h = self.a(x)
+        h = torch.cat([h[:, :8] * 2, h[:, 8:]], 1)
+        return self.form(self.b(h))
+
+
+@pytest.mark.parametrize(
+    "form",
+    [lambda y: y, lambda y: torch.complex(y, y.flip(0)), lambda y: (y * 1000).round().long(), lambda y: y > 0],
+    ids=["float", "complex", "integer", "bool"],
+)
+def test_a_wrong_cut_is_seen_in_outputs_of_any_type(form):
+    """Removing unit 0 moves unit 8 into the part that is doubled."""
+    torch.manual_seed(0)
+    model = Shifted(form).eval()
+    assert "a.weight:0" not in {f"{s.parameter}:{s.dim}" for c in trace(model, torch.randn(200, 4)) for s in c.slices}
+
+
+class Routed(nn.Module):
+    """Experts by a loop: those that no token chose do not run."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.gate = nn.Linear(4, 12), nn.Linear(12, 6)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(12, 10), nn.ReLU(), nn.Linear(10, 12)) for _ in range(6))
+        self.out = nn.Linear(12, 3)
+
+    def forward(self, x):
+        h = self.inner(x)
+        chosen = self.gate(h).argmax(-1)
+        rows = [self.experts[int(e)](row[None]) for e, row in zip(chosen, h, strict=True)]
+        return self.out(h + torch.cat(rows))
+
+
+def test_experts_that_no_token_chose_are_cut_like_those_that_were():
+    torch.manual_seed(0)
+    model = Routed().eval()
+    nn.init.zeros_(model.gate.bias)
+    x, others = torch.randn(2, 4), 3 * torch.randn(256, 4)
+    assert len(model.gate(model.inner(x)).argmax(-1).unique()) <= 2
+    assert len(model.gate(model.inner(others)).argmax(-1).unique()) > 4
+    couplings = trace(model, x)
+    for coupling in couplings:
+        cut, masked = copy.deepcopy(model), copy.deepcopy(model)
+        found = plan(couplings, remove={coupling.name: 0.5}, multiple=1)
+        apply_(cut, found, x)
+        with torch.no_grad():
+            for name, change in found.tensors.items():
+                for dim, kept in change.kept.items():
+                    gone = torch.ones(change.before[dim], dtype=torch.bool)
+                    for start, stop in kept:
+                        gone[start:stop] = False
+                    masked.get_parameter(name).index_fill_(dim, gone.nonzero()[:, 0], 0)
+        torch.testing.assert_close(cut(others), masked(others))
+
+
+def test_parts_that_the_inputs_do_not_reach_stay():
+    class Optional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.extra = nn.Linear(4, 8), nn.Linear(8, 3), nn.Linear(5, 8)
+
+        def forward(self, x, y=None):
+            h = self.a(x)
+            return self.b(torch.relu(h if y is None else h + self.extra(y)))
+
+    couplings = trace(Optional().eval(), torch.randn(5, 4))
+    assert all("not used on these inputs" in couplings.protected[f"extra.weight:{dim}"] for dim in (0, 1))
+
+
+class Keeps(nn.Module):
+    """Makes a table on the first call, counts calls in a buffer, and keeps what it computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 3)
+        self.register_buffer("calls", torch.zeros(1))
+        self.table = self.last = None
+
+    def forward(self, x):
+        if self.table is None:
+            self.table = torch.linspace(0, 1, 8)
+            self.register_buffer("late", torch.ones(8))
+        self.calls += 1
+        self.last = torch.relu(self.a(x)) * self.late
+        return self.b(self.last)
+
+
+def test_looking_at_a_model_leaves_nothing_behind():
+    torch.manual_seed(0)
+    model, x = Keeps().eval(), torch.randn(5, 4)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    first, second = str(trace(model, x)), str(trace(model, x))
+    assert first == second
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert model.table is None
+    assert model.last is None
+
+
+def test_models_of_which_no_gradient_can_be_had():
+    class Writes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            h = torch.sigmoid(self.a(x))
+            y = self.b(h)
+            h.zero_()  # what the gradient of the sigmoid needs
+            return y
+
+    torch.manual_seed(0)
+    model, x = Writes().eval(), torch.randn(5, 4)
+    found = plan(trace(model, x), remove={"*": 0.5}, multiple=1)
+    apply_(model, found, x)
+    assert model.a.out_features == 4
+
+
+@pytest.mark.parametrize("kind", ["divides", "shifts"])
+def test_constants_of_each_channel(kind):
+    """Masking one that divides would make 0/0; one that is added after the last weight counts as it is."""
+
+    class Constant(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 3)
+            self.register_buffer("each", torch.rand(8) + 0.5)
+
+        def forward(self, x):
+            h = self.a(x)
+            return self.b((h - 1) / self.each if kind == "divides" else h + self.each)
+
+    torch.manual_seed(0)
+    model, x = Constant().eval(), torch.randn(5, 4)
+    couplings = trace(model, x)
+    assert [c.size for c in couplings] == [8]
+    apply_(model, plan(couplings, remove={"units": 0.5}, multiple=1), x)
+    assert model.each.shape == (4,)
