@@ -540,3 +540,118 @@ def fixed_view():
 @net
 def softmax_over_channels():
     return nn.Sequential(nn.Linear(10, 16), nn.Softmax(-1), nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 3)), rows()
+
+
+@net
+def spectral_norm():
+    from torch.nn.utils.parametrizations import spectral_norm as normalized
+
+    return nn.Sequential(
+        nn.Linear(10, 16), nn.ReLU(), normalized(nn.Linear(16, 12)), nn.ReLU(), nn.Linear(12, 3)
+    ), rows()
+
+
+@net
+def tokens_mixed_by_a_pointwise_convolution():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.mix, self.b = nn.Linear(16, 12), nn.Conv1d(7, 7, 1), nn.Linear(12, 5)
+
+        def forward(self, x):
+            x = F.gelu(self.a(x))
+            return self.b(x * self.mix(x))
+
+    return Net(), tokens()
+
+
+@net
+def fourier_mixing():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(16, 12), nn.Linear(12, 5)
+
+        def forward(self, x):
+            return self.b(torch.fft.irfft(torch.fft.rfft(self.a(x), dim=1), n=x.shape[1], dim=1))
+
+    return Net(), tokens()
+
+
+@net
+def bag_of_embeddings():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.a = nn.EmbeddingBag(20, 12, mode="mean"), nn.Linear(12, 5)
+
+        def forward(self, ids):
+            return self.a(torch.tanh(self.table(ids)))
+
+    return Net(), torch.randint(20, (4, 6), generator=torch.Generator().manual_seed(1))
+
+
+@net
+def sampled_by_a_grid():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.where, self.b = nn.Conv2d(3, 12, 3), nn.Linear(12, 6), nn.Conv2d(12, 4, 1)
+
+        def forward(self, x):
+            x = F.relu(self.a(x))
+            grid = F.affine_grid(self.where(x.mean((2, 3))).view(-1, 2, 3), [len(x), 12, 6, 6], align_corners=False)
+            return self.b(F.grid_sample(x, grid, align_corners=False))
+
+    return Net(), image()
+
+
+@net
+def distances_to_centers():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.centers, self.b = nn.Linear(10, 12), nn.Parameter(torch.randn(6, 12)), nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.b(torch.cdist(self.a(x), self.centers))
+
+    return Net(), rows()
+
+
+@net
+def channel_shuffle_of_torch():
+    return (
+        nn.Sequential(
+            nn.Conv2d(3, 12, 1), nn.ReLU(), nn.ChannelShuffle(3), nn.Conv2d(12, 12, 3, groups=3), nn.Conv2d(12, 4, 1)
+        ),
+        image(),
+    )
+
+
+@net
+def recurrent_with_a_state():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.start, self.gru, self.out = nn.Linear(16, 12), nn.GRU(16, 12, batch_first=True), nn.Linear(12, 5)
+
+        def forward(self, x):
+            return self.out(self.gru(x, torch.tanh(self.start(x[:, 0]))[None])[0])
+
+    return Net(), tokens()
+
+
+@net
+def packed_sequences():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.lstm, self.out = nn.Linear(16, 10), nn.LSTM(10, 12, batch_first=True), nn.Linear(12, 5)
+
+        def forward(self, x):
+            pack, unpack = nn.utils.rnn.pack_padded_sequence, nn.utils.rnn.pad_packed_sequence
+            packed = pack(self.a(x), torch.tensor([7, 4]), batch_first=True)
+            return self.out(unpack(self.lstm(packed)[0], batch_first=True)[0])
+
+    return Net(), tokens()

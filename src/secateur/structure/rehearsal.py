@@ -135,7 +135,7 @@ class _Stage:
             seen = check_removal(
                 self._model,
                 self._facts,
-                [(coupling, share(coupling, 1)) for coupling in found],
+                [(coupling, ends(coupling)) for coupling in found],
                 self._run,
                 self._reference,
             )
@@ -150,6 +150,17 @@ def share(coupling: Coupling, steps: int) -> Ints:
     """Units that a number of steps removes: the first of each block, so that all others change their places."""
     per_step = [len(block) // coupling.steps for block in coupling.blocks]
     return np.concatenate([block[: steps * n] for block, n in zip(coupling.blocks, per_step, strict=True)])
+
+
+def ends(coupling: Coupling) -> Ints:
+    """A step of units from the front, and where more than that stays one from the end: what is read by its place, from
+    either side, moves or is missing.
+    """
+    first = share(coupling, 1)
+    if coupling.steps < 3:
+        return first
+    last = [block[len(block) - len(block) // coupling.steps :] for block in coupling.blocks]
+    return np.unique(np.concatenate([first, *last]))
 
 
 def check_removal(

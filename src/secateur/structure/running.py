@@ -63,8 +63,8 @@ def runner(model: nn.Module, example_inputs: Inputs) -> Callable[[], Any]:
 
 @contextlib.contextmanager
 def _unchanged(model: nn.Module) -> Iterator[None]:
-    """What a forward leaves behind on its modules (caches, buffers that it updates or makes) is gone afterwards: each run is
-    like the first one.
+    """What a forward leaves behind on its modules (caches, buffers that it updates or makes) is gone afterwards, so that
+    each run is like the first one.
     """
     with _disable_current_modes():
         tables = [(vars(module), dict(vars(module))) for module in model.modules()]

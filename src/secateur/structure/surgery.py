@@ -130,7 +130,7 @@ MIRRORS: dict[type[nn.Module], dict[str, tuple[str, int]]] = {
     nn.modules.batchnorm._NormBase: {"num_features": ("weight", 0)},
     nn.GroupNorm: {"num_channels": ("weight", 0)},
     nn.PReLU: {"num_parameters": ("weight", 0)},
-    nn.RNNBase: {"input_size": ("weight_ih_l0", 1)},
+    nn.RNNBase: {"input_size": ("weight_ih_l0", 1), "hidden_size": ("weight_hh_l0", 1)},
     nn.RNNCellBase: {"input_size": ("weight_ih", 1), "hidden_size": ("weight_hh", 1)},
 }
 
@@ -145,6 +145,8 @@ def _mirrors(model: nn.Module) -> Iterable[Callable[[], None]]:
                 for attribute, (key, dim) in table.items():
                     tensor = getattr(module, key, None)
                     tensor = getattr(module, "running_mean", None) if tensor is None else tensor
+                    if attribute == "hidden_size" and getattr(module, "proj_size", 0):
+                        continue  # then the weight has the size of the projection
                     if tensor is not None and isinstance(getattr(module, attribute, None), int):
                         wanted[attribute] = tensor.shape[dim]
         if isinstance(module, nn.modules.conv._ConvNd):

@@ -10,12 +10,15 @@ from __future__ import annotations
 from secateur.structure.rules.call import Rule
 from secateur.structure.rules.indices import (
     embedding,
+    embedding_bag,
     gather,
     index,
     index_add,
     index_put,
     index_select,
+    packed,
     placed,
+    sampled,
     scatter,
 )
 from secateur.structure.rules.norms import (
@@ -27,12 +30,14 @@ from secateur.structure.rules.norms import (
     norm,
     reduction,
     spatial,
+    transformed,
 )
 from secateur.structure.rules.pointwise import constant, created, elementwise, unary
 from secateur.structure.rules.products import (
     attention,
     columns,
     convolution,
+    distances,
     grouped_matmul,
     linear,
     masked_scatter,
@@ -46,6 +51,7 @@ from secateur.structure.rules.views import (
     as_real,
     as_strided,
     cat,
+    channel_shuffle,
     diagonal,
     expand,
     flip,
@@ -95,6 +101,7 @@ RULES: dict[str, Rule] = {
     **_rows(as_real, "view_as_real"),
     **_rows(pixel_shuffle, "pixel_shuffle"),
     **_rows(pixel_unshuffle, "pixel_unshuffle"),
+    **_rows(channel_shuffle, "channel_shuffle native_channel_shuffle"),
     **_rows(gated_halves, "glu"),
     **_rows(diagonal, "diagonal"),
     **_rows(unfold, "unfold"),
@@ -106,7 +113,7 @@ RULES: dict[str, Rule] = {
         elementwise,
         "floor_divide polar log_sigmoid_forward hardswish hardswish_ _prelu_kernel complex",
     ),
-    **_rows(matmul, "mm bmm addmm baddbmm mv addmv dot"),
+    **_rows(matmul, "mm bmm addmm baddbmm mv addmv dot vdot"),
     **_rows(linear, "linear"),
     **_rows(trilinear, "_trilinear"),
     **_rows(grouped_matmul, "_grouped_mm"),
@@ -114,6 +121,7 @@ RULES: dict[str, Rule] = {
     **_rows(columns, "im2col"),
     **_rows(masked_scatter, "masked_scatter"),
     **_rows(outer, "outer ger"),
+    **_rows(distances, "_cdist_forward _euclidean_dist"),
     **_rows(convolution, "convolution _convolution"),
     **_rows(attention, "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention"),
     **_rows(attention, "_scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention"),
@@ -135,7 +143,11 @@ RULES: dict[str, Rule] = {
     ),
     **_rows(spatial, "upsample_bicubic2d upsample_linear1d upsample_trilinear3d _upsample_bilinear2d_aa"),
     **_rows(spatial, "_upsample_bicubic2d_aa _upsample_nearest_exact2d _upsample_nearest_exact1d max_pool1d"),
+    **_rows(transformed, "_fft_r2c _fft_c2r _fft_c2c"),
     **_rows(embedding, "embedding"),
+    **_rows(embedding_bag, "_embedding_bag _embedding_bag_forward_only"),
+    **_rows(sampled, "grid_sampler_2d grid_sampler_3d"),
+    **_rows(packed, "_pack_padded_sequence"),
     **_rows(gather, "gather"),
     **_rows(index_select, "index_select"),
     **_rows(index, "index"),
@@ -146,5 +158,5 @@ RULES: dict[str, Rule] = {
     **_rows(created, "zeros ones full empty new_zeros new_ones new_full new_empty rand randn empty_strided"),
     **_rows(constant, "arange linspace scalar_tensor eye tril_indices triu_indices nonzero bincount histc randperm"),
     **_rows(constant, "_local_scalar_dense item is_nonzero equal randint isin searchsorted bucketize one_hot"),
-    **_rows(constant, "unique_consecutive _unique2 _is_all_true _is_any_true"),
+    **_rows(constant, "unique_consecutive _unique2 _is_all_true _is_any_true affine_grid_generator"),
 }

@@ -11,6 +11,25 @@ def embedding(call: Call) -> list[Dims]:
     return [[*places.dims, *table.dims[1:]]]
 
 
+def embedding_bag(call: Call) -> list[Dims]:
+    """Sums or means of rows of a table."""
+    table = call.args[0]
+    call.protect([table.dims[0]], "rows are looked up by number")
+    return [[None, *table.dims[1:]], *(plain(shape) for shape in call.outputs[1:])]
+
+
+def sampled(call: Call) -> list[Dims]:
+    """grid_sample: a place of the output is read at places of the input; channels stay."""
+    x, grid = call.args[0], call.args[1]
+    call.protect([*x.dims[2:], *grid.dims[1:]], "space that is sampled")
+    return [[*x.dims[:2], *plain(call.outputs[0][2:])]]
+
+
+def packed(call: Call) -> list[Dims]:
+    """pack_padded_sequence: [time, batch, features] -> [steps, features]."""
+    return [[None, *call.args[0].dims[2:]], *(plain(shape) for shape in call.outputs[1:])]
+
+
 def gather(call: Call) -> list[Dims]:
     source, place = call.args[0], call.args[1] % call.args[0].ndim
     call.protect([source.dims[place]], "entries are looked up by number")

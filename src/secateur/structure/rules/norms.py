@@ -80,6 +80,14 @@ def chained(call: Call) -> list[Dims]:
     return [dims if len(shape) == source.ndim else plain(shape) for shape in call.outputs]
 
 
+def transformed(call: Call) -> list[Dims]:
+    """Fourier transforms: every output needs every input along their dimensions; the others stay."""
+    x = call.args[0]
+    places = {place % x.ndim for place in call.args[1]}
+    call.protect([x.dims[place] for place in places], "a Fourier transform runs over it")
+    return [[None if place in places else dim for place, dim in enumerate(x.dims)]]
+
+
 def spatial(call: Call) -> list[Dims]:
     """Pooling, resampling: the first two dimensions are batch and channels, the others change."""
     x = call.args[0]

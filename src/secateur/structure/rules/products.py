@@ -41,7 +41,12 @@ def convolution(call: Call) -> list[Dims]:
     x, weight, bias = call.args[:3]
     transposed, groups = bool(call.args[6]), int(call.args[8])
     call.protect(weight.dims[2:], "the window of a convolution")
-    call.protect(x.dims[2:], "space of a convolution")
+    pointwise = not transposed and all(
+        (window, step, padding) == (1, 1, 0)
+        for window, step, padding in zip(weight.shape[2:], call.args[3], call.args[4], strict=True)
+    )
+    if not pointwise:
+        call.protect(x.dims[2:], "space of a convolution")
     places = call.outputs[0] if not transposed else x.shape
     constant = math.prod((places[0], *places[2:]))
     call.work.append(Work.over((constant, None), *zip(weight.shape, weight.dims, strict=True)))
@@ -52,7 +57,7 @@ def convolution(call: Call) -> list[Dims]:
         out = _grouped(call, x, weight, groups, transposed)
     if bias is not None:
         call.ids.same(out, bias.dims[0])
-    return [[x.dims[0], out, *plain(call.outputs[0][2:])]]
+    return [[x.dims[0], out, *(x.dims[2:] if pointwise else plain(call.outputs[0][2:]))]]
 
 
 def _grouped(call: Call, x: Seen, weight: Seen, groups: int, transposed: bool) -> Dim:
@@ -144,6 +149,14 @@ def masked_scatter(call: Call) -> list[Dims]:
         call.protect([*x.dims[:-1], *source.dims[:-1]], "entries are written by number")
         return [list(x.dims)]
     return unknown(call)
+
+
+def distances(call: Call) -> list[Dims]:
+    """[.., n, k] and [.., m, k]: all distances [.., n, m], sums over k."""
+    a, b = call.args[0], call.args[1]
+    call.ids.same(a.dims[-1], b.dims[-1])
+    call.reductions.append(a.dims[-1])
+    return [[*plain(call.outputs[0][:-2]), a.dims[-2], b.dims[-2]]]
 
 
 def outer(call: Call) -> list[Dims]:

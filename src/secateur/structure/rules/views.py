@@ -219,6 +219,14 @@ def pixel_shuffle(call: Call) -> list[Dims]:
     return [[*x.dims[:-3], channels, None, None]]
 
 
+def channel_shuffle(call: Call) -> list[Dims]:
+    """[.., groups x inside, ..] -> [.., inside x groups, ..]."""
+    x, groups = call.args[0], call.args[1]
+    inside = x.shape[1] // groups
+    group, member = call.ids.split(x.dims[1], inside)
+    return [[x.dims[0], call.ids.product(member, group, (inside, groups)), *x.dims[2:]]]
+
+
 def pixel_unshuffle(call: Call) -> list[Dims]:
     x, factor = call.args[0], call.args[1]
     call.protect(x.dims[-2:], "space")
