@@ -100,7 +100,7 @@ def test_dry_run_writes_nothing(folder, tmp_path):
 
 BAD = {
     "no value": (["--remove", "ffn"], "expected ffn=30%"),
-    "not a number": (["--remove", "ffn=much"], "expected ffn=30%"),
+    "not a number": (["--remove", "ffn=much"], "is no share"),
     "unknown kind": (["--remove", "headz=30%"], "did you mean 'heads'"),
     "unknown cost": (["--target", "flops=-50%"], "unknown budget 'flops'"),
     "both": (["--remove", "ffn=30%", "--target", "macs=-50%"], "either what to remove or what may remain"),
@@ -321,3 +321,82 @@ def test_norms_over_fewer_elements_are_rescaled_where_there_is_data(folder, tmp_
             ratios.append(float(ratio[0]))
     assert len(set(ratios)) == len(ratios) == 9
     assert all(ratio != 1 for ratio in ratios)
+
+
+@pytest.mark.parametrize(
+    "ask",
+    ["layers=100%", "layers=150%", "attention=100%", "ffn=100%", "layers=1.5", "ffn=-5", "ffn=0", "ffn=10% ffn=20%"],
+)
+def test_shares_that_leave_nothing_or_are_none(folder, tmp_path, ask):
+    found = run("prune", folder, "--remove", *ask.split(), "--out", tmp_path / "out")
+    assert found.exit_code == 2
+    assert any(words in found.stderr for words in ("below 100%", "twice"))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("ask", ["macs=-100%", "macs=-150%", "macs=0", "params=150%", "flops=-50%"])
+def test_targets_that_leave_nothing(folder, tmp_path, ask):
+    found = run("prune", folder, "--target", ask, "--out", tmp_path / "out")
+    assert found.exit_code == 2
+    assert any(words in found.stderr for words in ("would leave nothing", "unknown budget"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_glob_over_a_layer_does_not_mean_the_width_of_the_model(folder, tmp_path):
+    found = remove(folder, Smaller(remove={"model.layers.1.mlp*": 0.5}, **MAGNITUDE), tmp_path / "out")
+    assert {removal.kind for removal in found.plans[0].removals if removal.left < removal.size} == {"ffn"}
+    assert found.plans[0].promise == "removed == masked"
+
+
+def test_bytes_are_those_of_the_checkpoint(tmp_path):
+    """A checkpoint in bfloat16 that fits a budget already loses nothing; half of it is half of what is on the disk."""
+    model = AutoModelForCausalLM.from_pretrained(save_llama(tmp_path / "whole"), dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "half")
+    size = sum(path.stat().st_size for path in (tmp_path / "half").glob("*.safetensors"))
+    with pytest.raises(SecateurError, match="nothing would go"):
+        remove(tmp_path / "half", Smaller(target={"bytes": 1.5 * size}, **MAGNITUDE), tmp_path / "out")
+    found = remove(tmp_path / "half", Smaller(target={"bytes": 0.8}, **MAGNITUDE), tmp_path / "out")
+    assert found.plans[0].before["bytes"] <= size
+    assert found.plans[0].after["bytes"] <= 0.8 * found.plans[0].before["bytes"]
+
+
+def test_what_loads_with_us_alone_is_not_cut_again(folder, tmp_path):
+    remove(folder, Smaller(remove={"model.layers.1.mlp*": 0.5}, **MAGNITUDE), tmp_path / "once")
+    found = run("prune", tmp_path / "once", "--remove", "ffn=50%", "--out", tmp_path / "twice")
+    assert found.exit_code == 2
+    assert "was cut by secateur before" in found.stderr
+    assert not (tmp_path / "twice").exists()
+
+
+def test_what_stock_libraries_load_is_cut_again(folder, tmp_path):
+    wanted = Smaller(remove={"ffn": 0.5}, **MAGNITUDE)
+    remove(folder, wanted, tmp_path / "once")
+    found = remove(tmp_path / "once", wanted, tmp_path / "twice")
+    assert found.loads_with == "stock"
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "twice").config.intermediate_size == 4
+
+
+@pytest.mark.parametrize(
+    ("labels", "says"),
+    [(torch.full((12,), 10), "10 classes"), (torch.rand(12), "float32"), (torch.zeros(12, 2).long(), "[1, 2]")],
+)
+def test_labels_that_are_no_classes(built, labels, says):
+    data = load_file(built / "inputs.safetensors")
+    save_file({"input": data["input"], "labels": labels}, built / "inputs.safetensors")
+    found = from_build(built, "--target", "macs=-50%", "--criterion", "taylor")
+    assert found.exit_code == 2
+    assert says in found.stderr
+    assert not (built / "out").exists()
+
+
+def test_inputs_in_double_precision(built):
+    data = load_file(built / "inputs.safetensors")
+    save_file({"input": data["input"].double(), "labels": data["labels"]}, built / "inputs.safetensors")
+    found = from_build(built, "--target", "macs=-50%", "--criterion", "taylor", "--multiple", 1)
+    assert found.exit_code == 0, found.stderr
+
+
+def test_structure_is_not_resumed(folder, tmp_path):
+    found = run("prune", folder, "--remove", "ffn=50%", "--resume", "--out", tmp_path / "out")
+    assert found.exit_code == 2
+    assert "without --resume" in found.stderr.replace("\n", " ")

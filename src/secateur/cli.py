@@ -116,7 +116,8 @@ class Commands(TyperGroup):
             way_out = "Give fewer or shorter calibration windows (--samples, --length), or use a larger device."
             raise _fail(f"out of memory: {error}\n  {way_out}", 2, as_json) from None
         except KeyboardInterrupt:
-            on = " Go on with the same command and --resume." if words[:1] in (["prune"], ["run"]) else ""
+            whole = {"--remove", "--target"} & {*words}
+            on = " Go on with the same command and --resume." if words[:1] in (["prune"], ["run"]) and not whole else ""
             raise _fail(f"interrupted.{on}", 130, as_json) from None
         except Exception as error:
             if hasattr(error, "format_message"):  # of the command line itself
@@ -245,6 +246,7 @@ def prune(
     data = {"source": calibration, "field": field, "samples": samples, "length": length}
     globs = {"protect": protect, "include": include}
     if remove or target or STRUCTURAL & base.keys():
+        _no_resume(resume)
         weights_only = {"--sparsity": sparsity, "--pattern": pattern, "--threshold": threshold, "--method": method}
         weights_only |= {"--granularity": granularity, "--update": update, "--dtype": dtype}
         if both := [name for name, value in weights_only.items() if value is not None]:
@@ -298,6 +300,7 @@ def run(
     """
     values, output = read_yaml(recipe), Output(as_json, quiet)
     if STRUCTURAL & values.keys():
+        _no_resume(resume)
         return _remove(values, str(recipe), device, dry_run, output)
     return _prune(make_run(values, str(recipe)), device, resume, dry_run, output, str(recipe))
 
@@ -463,6 +466,14 @@ def _prune(run: Run, device: str, resume: bool, dry_run: bool, output: Output, t
     output.show(display.result(report, run.out))
     output.result({"out": str(run.out)} | details, display.closing(report, run.out))
     return None
+
+
+def _no_resume(asked: bool) -> None:
+    if asked:
+        raise SecateurError(
+            "removing structure takes minutes and does not stop halfway: run it again without --resume, and delete the "
+            ".partial folder if a killed run has left one"
+        )
 
 
 def _check_what(model: str | None, build: str | None, weights: Path | None) -> None:

@@ -206,11 +206,15 @@ def shares(given: list[str] | None, option: str) -> dict[str, float] | None:
     found = {}
     for text in given:
         name, _, value = text.partition("=")
+        example = "ffn=30%, layers=2" if option == "--remove" else "macs=-50%, bytes=200M"
+        if not name or not value:
+            raise SecateurError(f"{option} {text!r}: expected {example}")
+        if name in found:
+            raise SecateurError(f"{option} says {name} twice: once is enough")
         try:
-            found[name] = share(value if name else None, signed=option == "--target")
-        except ValueError:
-            example = "ffn=30%, layers=2" if option == "--remove" else "macs=-50%, bytes=200M"
-            raise SecateurError(f"{option} {text!r}: expected {example}") from None
+            found[name] = share(value, signed=option == "--target")
+        except ValueError as error:
+            raise SecateurError(f"{option} {text!r}: {error}") from None
     return found
 
 

@@ -271,6 +271,8 @@ def _in_our_words(kind: type[BaseModel], error: ValidationError, where: str) -> 
 
 def _explain(kind: type[BaseModel], error: Any) -> str:
     path = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "value_error":  # raised by a validator of ours
+        return f"{path}: {error['ctx']['error']}".removeprefix(": ")
     if error["type"] == "extra_forbidden":
         known = _fields(kind, error["loc"][:-1])
         return f"unknown key {path!r}{nearest(str(error['loc'][-1]), known)}; known: {', '.join(known)}"

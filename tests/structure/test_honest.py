@@ -203,3 +203,44 @@ def test_constants_of_each_channel(kind):
     assert [c.size for c in couplings] == [8]
     apply_(model, plan(couplings, remove={"units": 0.5}, multiple=1), x)
     assert model.each.shape == (4,)
+
+
+class Draws(nn.Module):
+    """A variational autoencoder: only in training it draws, with a size of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.size = 6
+        self.inner, self.mean, self.spread = nn.Linear(4, 10), nn.Linear(10, 6), nn.Linear(10, 6)
+        self.out, self.norm = nn.Linear(6, 5), nn.BatchNorm1d(5)
+
+    def forward(self, x):
+        h = torch.relu(self.inner(x))
+        z = self.mean(h)
+        if self.training:
+            z = z + torch.randn(len(x), self.size) * self.spread(h).exp()
+        return self.norm(self.out(z))
+
+
+def test_what_a_model_does_in_training_alone_is_followed_too():
+    torch.manual_seed(0)
+    model, x = Draws().eval(), torch.randn(7, 4)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    couplings = trace(model, x)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    latent = next(c for c in couplings if c.size == 6)
+    assert {part.parameter for part in latent.slices} >= {"mean.weight", "spread.weight", "out.weight"}
+    apply_(model, plan(couplings, remove={"*": 0.5}, multiple=1), x)
+    assert model.size == 3
+    assert model.train()(x).shape == (7, 5)
+
+
+def test_a_cut_that_only_training_would_not_survive_is_not_offered():
+    class Fixed(Draws):
+        def forward(self, x):
+            z = self.mean(torch.relu(self.inner(x)))
+            return self.out(z + torch.randn(len(x), 6) if self.training else z)
+
+    couplings = trace(Fixed().eval(), torch.randn(7, 4))
+    assert "mean.weight:0" not in {f"{s.parameter}:{s.dim}" for c in couplings for s in c.slices}
+    assert 10 in {c.size for c in couplings}

@@ -65,7 +65,7 @@ def remove_built(
     example = {key: torch.cat([batch[key] for batch in given[:2]]) for key in given[0]}
     gradients = bool(CRITERIA[criterion].needs & GRADIENTS)
     loss = _loss(module, batches) if gradients else None
-    work = Work(module, example, given, (), criterion, wanted, progress, loss, batches)
+    work = Work(module, example, given, (), criterion, wanted, progress, loss, labelled=batches)
     with staged(out) if write else contextlib.nullcontext() as staging:
         found = work.shrink(lambda: fresh(make, checkpoint, "auto", device))
         if CRITERIA[criterion].needs or DEPTH & set(wanted.remove or {}):
@@ -96,7 +96,12 @@ def _batches(wanted: Smaller, module: nn.Module, device: str) -> tuple[Batches, 
             "  (--calibration inputs.safetensors, with at least two samples)"
         )
     data = inputs.calibration(asked.source, None, samples=asked.samples, length=asked.length, seed=asked.seed)
-    return [{key: value.to(device) for key, value in batch.items()} for batch in data.batches], data.description
+    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+
+    def fit(value: Tensor) -> Tensor:
+        return value.to(device, dtype) if value.is_floating_point() else value.to(device)
+
+    return [{key: fit(value) for key, value in batch.items()} for batch in data.batches], data.description
 
 
 def _without_labels(batch: Mapping[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
@@ -115,7 +120,21 @@ def _loss(module: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -> Loss | 
             "choose --criterion magnitude, activation or flap"
         )
 
+    labels = torch.cat([batch[LABELS].flatten() for batch in batches])
+    with torch.no_grad():
+        logits = answer(module(**_without_labels(batches[0], module)))
+    if logits.ndim != 2 or len(labels) != len(batches) or labels.is_floating_point():
+        raise SecateurError(
+            f"labels: expected one class [samples] for logits [samples, classes]; found {list(batches[0][LABELS].shape)} "
+            f"{str(labels.dtype).removeprefix('torch.')} of a sample, and outputs {list(logits.shape)}"
+        )
+    if not 0 <= int(labels.min()) <= int(labels.max()) < logits.shape[1]:
+        raise SecateurError(
+            f"labels are {int(labels.min())} to {int(labels.max())}; the module has {logits.shape[1]} classes, 0 to "
+            f"{logits.shape[1] - 1}"
+        )
+
     def loss(module: nn.Module, batch: Any) -> Tensor:
-        return F.cross_entropy(answer(module(**_without_labels(batch, module))), batch[LABELS].long())
+        return F.cross_entropy(answer(module(**_without_labels(batch, module))), batch[LABELS].flatten().long())
 
     return loss

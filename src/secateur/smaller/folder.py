@@ -20,10 +20,10 @@ from secateur.forward import no_cache
 from secateur.machine import check_device
 from secateur.memory import available_memory, peak_memory
 from secateur.pipeline import check_out, load_tokenizer, resolve
-from secateur.probe import probe_batches
+from secateur.probe import probe_batches, vocabulary
 from secateur.prune import Progress, no_progress
 from secateur.smaller.request import DEPTH, Shrunk, Smaller
-from secateur.smaller.result import finish, staged
+from secateur.smaller.result import check_whole, finish, staged
 from secateur.smaller.shards import remove_on_shards, without_memory
 from secateur.smaller.work import Work
 from secateur.stream.checkpoint import DTYPES
@@ -59,15 +59,21 @@ def remove(
     check_out(folder, out)
     check_device(device)
     check_folder(folder)
+    check_whole(folder)
     skeleton = build(folder, torch.float32)
     examples = _examples(skeleton, wanted.seed)
     if not fits_memory(skeleton) if in_memory is None else not in_memory:
         return remove_on_shards(folder, wanted, out, examples, progress, write)
+    source = Source(folder, "auto", "cpu")  # an error for a broken checkpoint, before it is loaded
     criterion, data, holdout = _data(folder, skeleton, wanted)
     model = _loaded(folder, type(skeleton), device)
-    example = {**_first_that_runs(model, examples), **no_cache(model)}
-    work = Work(model, example, () if data is None else data.batches, holdout, criterion, wanted, progress)
-    config, stored = copy.deepcopy(model.config), _stored(folder, model)
+    example = {**_first_that_runs(model, _on(device, examples)), **no_cache(model)}
+    batches = _on(device, () if data is None else data.batches)
+    types = _stored(source)
+    held = [window.to(device) for window in holdout]
+    work = Work(model, example, batches, held, criterion, wanted, progress, stored=types)
+    config = copy.deepcopy(model.config)
+    stored = {id(p): types[name] for name, p in model.named_parameters(remove_duplicate=False) if name in types}
     with staged(out) if write else contextlib.nullcontext() as staging:
         found = work.shrink(lambda: _loaded(folder, type(skeleton), device))
         found.calibration = "none" if data is None else data.description
@@ -80,9 +86,13 @@ def remove(
         found.before["bytes"] = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         found.seconds["total"] = time.perf_counter() - started
         found.peak_memory = peak_memory()
-        finish(staging, out, found, wanted, folder, Source(folder, "auto", "cpu").other_files())
+        finish(staging, out, found, wanted, folder, source.other_files())
     progress("verify", 1, 1, "done")
     return found
+
+
+def _on(device: str, batches: Sequence[Batch]) -> list[Batch]:
+    return [{key: value.to(device) for key, value in batch.items()} for batch in batches]
 
 
 def _longer(example: Mapping[str, Any]) -> dict[str, Any]:
@@ -152,6 +162,7 @@ def _data(folder: Path, model: nn.Module, wanted: Smaller) -> tuple[str, Data | 
         seed=asked.seed,
         field=asked.field,
         encoder_decoder=bool(getattr(model.config, "is_encoder_decoder", False)),  # type: ignore[union-attr]
+        vocab_size=vocabulary(model),
     )
     return criterion, found, holdout
 
@@ -183,14 +194,13 @@ def _loaded(folder: Path, kind: Any, device: str) -> Any:
     return model
 
 
-def _stored(folder: Path, model: nn.Module) -> dict[int, torch.dtype]:
-    """Identity of a parameter -> what the checkpoint stores it as."""
-    source = Source(folder, "auto", "cpu")
+def _stored(source: Source) -> dict[str, torch.dtype]:
+    """Name of a tensor -> what the checkpoint stores it as."""
     found = {}
     for group in source.naming.groups.values():
         entry = source.checkpoint.entries[group.sources[0][0]]
         found |= dict.fromkeys(group.members, DTYPES[entry.dtype])
-    return {id(p): found[name] for name, p in model.named_parameters(remove_duplicate=False) if name in found}
+    return found
 
 
 def _round(model: nn.Module, stored: Mapping[int, torch.dtype]) -> None:

@@ -12,6 +12,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from secateur.recipe import Calibration, Part
 from secateur.structure import Plan
+from secateur.structure.budget import COSTS
 from secateur.structure.criteria import CRITERIA
 from secateur.structure.planning import ALLOCATIONS
 from secateur.structure.selection import LEAST
@@ -27,7 +28,7 @@ class Smaller(Part):
     target: params, macs or bytes -> the share that may remain.
     """
 
-    remove: dict[str, float] | None = None
+    remove: dict[str, int | float] | None = None
     target: dict[str, float] | None = None
     criterion: str | None = None
     allocation: str = "uniform"
@@ -56,13 +57,17 @@ class Smaller(Part):
     def _checked(self) -> Smaller:
         if (self.remove is None) == (self.target is None):
             raise ValueError("say either what to remove or what may remain (remove, target)")
+        if not (self.remove or self.target):
+            raise ValueError("remove and target are empty: say what goes, as in ffn: 30%")
+        if unknown := [name for name in self.target or {} if name not in COSTS]:
+            raise ValueError(f"unknown budget {unknown[0]!r}; known: {', '.join(COSTS)}")
         if self.criterion is not None and self.criterion not in CRITERIA:
             raise ValueError(f"unknown criterion {self.criterion!r}; known for structure: {', '.join(CRITERIA)}")
         if self.allocation not in ALLOCATIONS:
             raise ValueError(f"unknown allocation {self.allocation!r}; known for structure: {', '.join(ALLOCATIONS)}")
         return self
 
-    def choice(self, remove: Mapping[str, float] | None) -> dict[str, Any]:
+    def choice(self, remove: Mapping[str, int | float] | None) -> dict[str, Any]:
         """How `plan` chooses among widths: remove is what was asked for without whole blocks and experts."""
         return {
             "remove": remove,
@@ -76,13 +81,24 @@ class Smaller(Part):
         }
 
 
-def share(value: Any, signed: bool = False) -> float:
-    """0.3, "30%" or "200M" as a number. signed: -50% is what goes, and 50 % remain. Raises ValueError."""
-    match = re.fullmatch(r"([+-]?\d*\.?\d+)\s*(%|[kKMGB])?", str(value).strip())
+def share(value: Any, signed: bool = False) -> int | float:
+    """0.3, "30%", 2 or "200M" as a number: a share below 1, or a whole number of something. signed: -50% is what goes, and
+    50 % remain. Raises ValueError.
+    """
+    expected = f"expected {'-50% or 200M' if signed else '30% or 2'}"
+    match = re.fullmatch(r"([+-]?(?:\d*\.)?\d+(?:e[+-]?\d+)?)\s*(%|[kKMGB])?", str(value).strip())
     if match is None or isinstance(value, bool):
-        raise ValueError(f"{value!r} is no share: expected {'-50% or 200M' if signed else '30% or 2'}")
+        raise ValueError(f"{value!r} is no share: {expected}")
     number = float(match.group(1)) * UNITS[match.group(2)]
-    return number + 1 if signed and number < 0 else number
+    if signed:
+        number = number + 1 if number < 0 else number
+        if not number > 0 or (match.group(2) == "%" and number > 1):
+            raise ValueError(f"{value!r} would leave nothing, or more than there is: {expected}")
+        return number
+    whole = number.is_integer() and match.group(2) != "%"
+    if not number > 0 or (number >= 1 and not whole):
+        raise ValueError(f"{value!r} is neither a share below 100% nor a whole number: {expected}")
+    return int(number) if whole else number
 
 
 UNITS = {None: 1.0, "%": 0.01, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9}

@@ -12,7 +12,9 @@ from pathlib import Path
 from secateur.card import environment
 from secateur.errors import SecateurError
 from secateur.smaller.request import Shrunk, Smaller
-from secateur.stream.staging import staging_folder
+from secateur.stream.checkpoint import INDEX, read_json
+from secateur.stream.staging import explain, staging_folder
+from secateur.structure.saved import MANIFEST, OURS
 
 
 @contextlib.contextmanager
@@ -21,7 +23,8 @@ def staged(out: Path) -> Iterator[Path]:
     staging = staging_folder(out)
     if os.path.lexists(staging):
         raise SecateurError(f"{staging} holds an unfinished run; delete that folder, or choose another --out")
-    staging.mkdir(parents=True)
+    with explain(staging.parent):
+        staging.mkdir(parents=True)
     try:
         yield staging
     except BaseException:
@@ -29,10 +32,19 @@ def staged(out: Path) -> Iterator[Path]:
         raise
 
 
+def check_whole(folder: Path) -> None:
+    """Raises SecateurError for a folder whose config does not say its shapes: it was cut before."""
+    if (folder / MANIFEST).exists() and read_json(folder / MANIFEST).get("loads with") == OURS:
+        raise SecateurError(
+            f"{folder} was cut by secateur before, and its config does not say its shapes: it cannot be cut again.\n"
+            "  Cut the original, with both requests in one: --remove takes several."
+        )
+
+
 def finish(staging: Path, out: Path, found: Shrunk, wanted: Smaller, folder: Path, others: Iterable[str] = ()) -> None:
     """Whatever else belongs to the model, the recipe and the figures, and the name. others: files of the model's folder."""
     for name in others:
-        if not (staging / name).exists():
+        if name != INDEX and not (staging / name).exists():  # the index of shards that are no more
             (staging / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(folder / name, staging / name)
     manifest = json.loads((staging / "secateur.json").read_text(encoding="utf-8"))

@@ -49,12 +49,14 @@ class Work:
         wanted: Smaller,
         progress: Progress,
         loss: Loss | None = None,
+        stored: Mapping[str, torch.dtype] | None = None,
         labelled: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         self.model, self.example, self.holdout = model, example, holdout
         self.criterion, self.wanted, self.progress = criterion, wanted, progress
         self.batches = [dict(batch) for batch in batches]  # what the model takes
         self.loss, self.labelled = loss, [dict(batch) for batch in labelled]  # what the loss takes, where that is more
+        self.stored = {name: dtype.itemsize for name, dtype in (stored or {}).items()}
         self.seconds: dict[str, float] = {}
 
     def shrink(self, again: Callable[[], nn.Module]) -> Shrunk:
@@ -97,7 +99,7 @@ class Work:
         apply_(self.model, found, self.example)
         return found
 
-    def _sublayers(self, parts: Mapping[str, float]) -> Plan:
+    def _sublayers(self, parts: Mapping[str, int | float]) -> Plan:
         found = plan_sublayers(self.model, self.example, parts, batches=self.batches, protect=self.wanted.protect)
         apply_(self.model, found, self.example)
         return found
@@ -110,10 +112,11 @@ class Work:
         apply_(self.model, found, self.example)
         return found
 
-    def _widths(self, ask: Mapping[str, float] | None) -> Plan:
+    def _widths(self, ask: Mapping[str, int | float] | None) -> Plan:
         wanted = self.wanted
         self.progress("trace", 0, 1, type(self.model).__name__)
         couplings = self._timed("trace", lambda: trace(self.model, self.example))
+        couplings.stored.update(self.stored)
         self.progress("plan", 0, 1, self.criterion)
         needs = CRITERIA[self.criterion].needs
         found = plan(

@@ -54,7 +54,8 @@ class Costs:
             rest = math.prod(n for n, dim in zip(tensor.shape, facts.dims[name], strict=True) if dim is None)
             if name in trained:
                 self._terms["params"].append(_Product(rest, tuple(free)))
-            self._terms["bytes"].append(_Product(rest * tensor.element_size(), tuple(free)))
+            size = couplings.stored.get(name, tensor.element_size())
+            self._terms["bytes"].append(_Product(rest * size, tuple(free)))
         self._terms["macs"] = [_Product(w.constant, tuple(map(self._size, w.dims))) for w in facts.work]
 
     def _size(self, dim: Dim) -> tuple[tuple[int, tuple[int, ...]], ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,9 @@ class Couplings:
     protected: dict[str, str]
     facts: Facts
     inputs: Inputs
+    stored: dict[str, int] = field(
+        default_factory=dict
+    )  # tensor -> bytes of an element in the checkpoint, where others
 
     def __iter__(self) -> Iterator[Coupling]:
         return iter(self.found)

@@ -101,6 +101,8 @@ def _least(
     """Those of each kind with the lowest scores, the lowest first."""
     chosen = []
     for kind, asked in remove.items():
+        if not asked > 0 or (asked >= 1 and not isinstance(asked, int)):
+            raise SecateurError(f"{kind}={asked!r}: expected a share between 0 and 1, or a whole number")
         all_of_kind = [name for name, was in found.items() if was.kind == kind]
         able = [name for name in all_of_kind if name in scores and name not in fixed]
         count = round(asked * len(all_of_kind)) if asked < 1 else int(asked)

@@ -23,7 +23,16 @@ from secateur.structure.plans import RECOMPUTED, Attribute, Plan, Removal, Tenso
 from secateur.structure.proof import Wrong
 from secateur.structure.rehearsal import check_removal, compared
 from secateur.structure.running import Inputs, evaluating, runner
-from secateur.structure.selection import LEAST, NOT_BY_DEFAULT, by_budget, by_ratio, candidates, check_patterns, matches
+from secateur.structure.selection import (
+    LEAST,
+    NOT_BY_DEFAULT,
+    by_budget,
+    by_ratio,
+    candidates,
+    check_patterns,
+    matches,
+    touches,
+)
 from secateur.structure.sizes import Clash, Values, owners
 from secateur.structure.surgery import Cut, cut_of, dead_of, mask_
 from secateur.structure.watch import tensors_of
@@ -74,10 +83,11 @@ def plan(
         raise SecateurError(f"unknown allocation {allocation!r}; known for structure: {', '.join(ALLOCATIONS)}")
     _check_shares(remove or {}, target or {})
     _check_scores(couplings, scores or {})
-    check_patterns(couplings, [*(remove or {}), *include, *protect])
+    check_patterns(couplings, [*(remove or {}), *include])
+    check_patterns(couplings, protect, touches)
 
     def chosen(coupling: Coupling) -> bool:
-        if any(matches(coupling, pattern) for pattern in protect):
+        if any(touches(coupling, pattern) for pattern in protect):
             return False
         if remove is not None:
             return any(matches(coupling, pattern) for pattern in remove)
@@ -218,8 +228,10 @@ def _attributes(model: nn.Module, values: Values) -> tuple[Attribute, ...]:
 
 def _check_shares(remove: Mapping[str, float], target: Mapping[str, float]) -> None:
     for name, value in remove.items():
-        if not value > 0:
-            raise SecateurError(f"remove {name}: {value!r}; expected a share between 0 and 1, or a number of units")
+        if not value > 0 or (value >= 1 and not isinstance(value, int)):
+            raise SecateurError(
+                f"remove {name}: {value!r}; expected a share between 0 and 1, or a whole number of units"
+            )
     for name, value in target.items():
         if name not in COSTS:
             raise SecateurError(f"unknown budget {name!r}{nearest(name, COSTS)}; known: {', '.join(COSTS)}")

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from secateur.structure.identities import Dim
 from secateur.structure.surgery import Cut, cut_, mask_
-from secateur.structure.watch import Facts, Watch, another_run, located, outputs_of, plainly
+from secateur.structure.watch import Facts, Watch, another_run, located, outputs_of, plainly, training
 
 NORMS = frozenset({"native_layer_norm", "native_group_norm", "_fused_rms_norm"})
 SAME = 1e-5  # relative difference of outputs that need no closer look
@@ -199,7 +199,7 @@ def check(
 
     dead: which identities the cut removes. masked: what to mask where that is not what is cut, to test this very check.
     """
-    got, answer = _first_that_runs(model, cut, run, reference)
+    got, answer = _first_that_runs(model, cut, run, reference, facts.trains)
     if not got:
         raise Wrong("the model returns no tensors to compare")
     if got[0].device.type == "meta":
@@ -240,7 +240,7 @@ def _plain_outputs(model: nn.Module, cut: Cut, run: Callable[[], Any]) -> list[T
 
 
 def _first_that_runs(
-    model: nn.Module, cut: Cut, run: Callable[[], Any], reference: Numbers
+    model: nn.Module, cut: Cut, run: Callable[[], Any], reference: Numbers, trains: bool
 ) -> tuple[list[Tensor], int]:
     """The outputs with the first answer to what the attributes should be that runs, and that answer's place."""
     wrong: list[Wrong] = []
@@ -249,6 +249,9 @@ def _first_that_runs(
         try:
             got, numbers = run_listening(model, run)
             reference.against(numbers)
+            if trains:
+                with training(model), torch.no_grad():
+                    run()
             return got, answer
         except Wrong as error:
             wrong.append(error)
@@ -274,8 +277,10 @@ def masked_outputs(
 
 
 def difference(want: Sequence[Tensor], got: Sequence[Tensor]) -> float:
-    """The largest difference of two lists of outputs, relative to the largest value of each; inf where shapes differ."""
+    """The largest difference of two lists of outputs, relative to the largest of each; inf where they are not alike."""
     worst = 0.0
+    if len(want) != len(got):
+        return math.inf
     for one, other in zip(want, got, strict=True):
         if one.shape != other.shape:
             return math.inf

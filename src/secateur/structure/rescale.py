@@ -28,7 +28,7 @@ def norm_factors(model: nn.Module, plan: Plan, batches: Sequence[Inputs]) -> dic
     weight, element by element, have none.
     """
     found = {name: _Fit(model.get_submodule(name), _cut(model, name, plan), kept) for name, kept in _norms(model, plan)}
-    handles = [model.get_submodule(name).register_forward_hook(fit) for name, fit in found.items()]
+    handles = [model.get_submodule(name).register_forward_hook(fit, with_kwargs=True) for name, fit in found.items()]
     try:
         with torch.no_grad(), evaluating(model):
             for batch in batches:
@@ -41,8 +41,12 @@ def norm_factors(model: nn.Module, plan: Plan, batches: Sequence[Inputs]) -> dic
 
 def rescale_(model: nn.Module, factors: Mapping[str, float]) -> None:
     """Multiply what norms return by factors. model: after the plan was applied."""
+    done: set[int] = set()
     with torch.no_grad():
         for name, factor in factors.items():
+            if id(model.get_parameter(name)) in done:  # norms that share a weight
+                continue
+            done.add(id(model.get_parameter(name)))
             offset = _offset(model.get_submodule(name.rpartition(".")[0])) or 0.0
             weight = model.get_parameter(name)
             weight.copy_((weight + offset) * factor - offset)
@@ -111,10 +115,16 @@ class _Fit:
         self._bias = dict(whole.named_parameters()).get("bias")
         self._above = self._below = 0.0
 
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         kept = self._kept.to(output.device)
         bias = 0.0 if self._bias is None else self._bias[kept]
-        want, have = output[..., kept] - bias, self._cut(args[0][..., kept]) - bias
+        width = output.shape[-1]
+
+        def less(value: Any) -> Any:  # a gate has the width of what is normalized
+            return value[..., kept] if isinstance(value, Tensor) and value.shape[-1:] == (width,) else value
+
+        have = self._cut(*map(less, args), **{key: less(value) for key, value in kwargs.items()}) - bias
+        want = output[..., kept] - bias
         self._above += float((want.double() * have.double()).sum())
         self._below += float(have.double().square().sum())
 

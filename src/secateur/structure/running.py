@@ -67,21 +67,29 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
     each run is like the first one.
     """
     with _disable_current_modes():
-        tables = [(vars(module), dict(vars(module))) for module in model.modules()]
-        inner = [(table["_buffers"], dict(table["_buffers"])) for table, _ in tables]
+        tables = [vars(module) for module in model.modules()]
+        outer = [(table, _public(table)) for table in tables]
+        inner = [(table["_buffers"], dict(table["_buffers"])) for table in tables]
         buffers = {id(b): b for _, before in inner for b in before.values() if b is not None and not on_meta(model)}
-        kept = [(buffer, buffer._version, buffer.detach().clone()) for buffer in buffers.values()]
+        kept = [(buffer, buffer.detach().clone()) for buffer in buffers.values()]
     try:
         yield
     finally:
         with _disable_current_modes(), torch.no_grad():
-            for table, before in [*tables, *inner]:
-                if table.keys() != before.keys() or any(table[key] is not value for key, value in before.items()):
-                    table.clear()
-                    table.update(before)
-            for buffer, version, copy in kept:
-                if buffer._version != version:
+            for table, before in [*outer, *inner]:
+                for key in _public(table).keys() - before.keys():
+                    del table[key]
+                for key, value in before.items():
+                    if table.get(key, table) is not value:
+                        table[key] = value
+            for buffer, copy in kept:  # batch norms write without a new version
+                if not torch.equal(buffer, copy):
                     buffer.copy_(copy)
+
+
+def _public(table: Mapping[str, Any]) -> dict[str, Any]:
+    """Attributes, without those of torch and of libraries that set hooks once and for all."""
+    return {key: value for key, value in table.items() if not key.startswith("_")}
 
 
 def writing(model: Any, inputs: Inputs) -> Write | None:

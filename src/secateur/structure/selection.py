@@ -100,16 +100,27 @@ def by_ratio(found: Sequence[Candidate], remove: Mapping[str, float]) -> dict[in
 
 
 def matches(coupling: Coupling, pattern: str) -> bool:
-    """Whether a kind or a glob over the names of couplings and parameters means this coupling."""
+    """Whether a kind, a glob over names of couplings, or the name of a parameter means this coupling; or a glob that all of
+    its parameters match: one over a layer does not mean the width of the whole model.
+    """
     if pattern == coupling.kind or fnmatchcase(coupling.name, pattern):
         return True
-    return any(fnmatchcase(part.parameter, pattern) for part in coupling.slices)
+    if any(part.parameter == pattern for part in coupling.slices):
+        return True
+    return all(fnmatchcase(part.parameter, pattern) for part in coupling.slices)
 
 
-def check_patterns(couplings: Couplings, patterns: Sequence[str]) -> None:
+def touches(coupling: Coupling, pattern: str) -> bool:
+    """Whether removing from this coupling would change what a kind or a glob names: what is protected does not change."""
+    return matches(coupling, pattern) or any(fnmatchcase(part.parameter, pattern) for part in coupling.slices)
+
+
+def check_patterns(
+    couplings: Couplings, patterns: Sequence[str], meant: Callable[[Coupling, str], bool] = matches
+) -> None:
     """Raises SecateurError for a pattern that means nothing."""
     for pattern in patterns:
-        if not any(matches(coupling, pattern) for coupling in couplings):
+        if not any(meant(coupling, pattern) for coupling in couplings):
             kinds = sorted({coupling.kind for coupling in couplings})
             what = f"{pattern!r} ({KINDS[pattern]})" if pattern in KINDS else repr(pattern)
             raise SecateurError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,7 +38,8 @@ class Facts:
     unknown: dict[str, str] = field(default_factory=dict)  # operator -> module where it was seen first
     uses: list[Use] = field(default_factory=list)
     work: list[Work] = field(default_factory=list)
-    operators: int = 0
+    operators: Counter[str] = field(default_factory=Counter)  # how often each was called
+    trains: bool = False  # whether the model does something of its own in training mode
     traced: Identities | None = None  # as the run left them: what further runs go on from
 
 
@@ -94,7 +96,7 @@ class Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        self.facts.operators += 1
+        self.facts.operators[func._schema.name] += 1
         results = [value for value in (out if isinstance(out, (list, tuple)) else [out]) if isinstance(value, Tensor)]
         if results:
             self._follow(func, args, kwargs, results)
@@ -200,10 +202,14 @@ def follow(model: nn.Module, run: Callable[[], Any], also: Callable[[], Any] | N
     uses = Uses(watch.dims_of, lambda: watch.where[-1] if watch.where else "", watch.groups)
     with plainly(model), located(model, watch.where), remembered(model), uses, watch:
         output = run()
-        work = list(facts.work)
+        work, usual = list(facts.work), Counter(facts.operators)
         if also is not None:
-            with contextlib.suppress(RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError):
+            with contextlib.suppress(*FAILURES):
                 also()  # where the model itself cannot, there is nothing to follow
+    facts.trains = _trains(model, run, usual)
+    if facts.trains:
+        with plainly(model), located(model, watch.where), remembered(model), training(model), uses, watch:
+            run()
     facts.uses, facts.work = uses.found, work
     alone = list(_like_siblings(model, watch))
     facts.traced = facts.ids.copy()
@@ -220,6 +226,51 @@ def follow(model: nn.Module, run: Callable[[], Any], also: Callable[[], Any] | N
         for dim in watch.dims_of(tensor):
             facts.ids.protect(dim, "an output of the model")
     return facts
+
+
+FAILURES = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError)
+# what dropout and batch norms do in training
+NOISE = {
+    f"aten::{name}" for name in ("native_dropout", "bernoulli_", "empty_like", "div_", "mul", "mul_", "add_", "add")
+}
+
+
+class _Count(TorchDispatchMode):
+    """How often each operator is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.found[func._schema.name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def _trains(model: nn.Module, run: Callable[[], Any], usual: Counter[str]) -> bool:
+    """Whether the model, in training mode, runs and calls operators that it does not call otherwise."""
+    if on_meta(model):
+        return False
+    count = _Count()
+    try:
+        with plainly(model), training(model), count:
+            run()
+    except FAILURES:
+        return False
+    more = count.found - usual
+    return any(name not in NOISE and "batch_norm" not in name for name in more)
+
+
+@contextlib.contextmanager
+def training(model: nn.Module) -> Iterator[None]:
+    """In training mode; every module is in its own mode again afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.train()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def _like_siblings(model: nn.Module, watch: Watch) -> Iterator[str]:
