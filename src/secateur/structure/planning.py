@@ -105,7 +105,7 @@ def plan(
         else:
             assert target is not None
             whole = costs.of({})
-            shares = {key: value if value <= 1 else value / whole.get(key, 1) for key, value in target.items()}
+            shares = {key: value if value <= 1 else min(value / whole[key], 1.0) for key, value in target.items()}
             part = {key: 1 - (1 - value) * step / steps for key, value in shares.items()}
             removed = by_budget(couplings, costs, able, part, allocation)
     if not removed:
