@@ -400,3 +400,14 @@ def test_structure_is_not_resumed(folder, tmp_path):
     found = run("prune", folder, "--remove", "ffn=50%", "--resume", "--out", tmp_path / "out")
     assert found.exit_code == 2
     assert "without --resume" in found.stderr.replace("\n", " ")
+
+
+def test_what_is_protected_may_be_a_block_or_a_width(folder, tmp_path):
+    ask = ["--remove", "layers=1", "ffn=50%", "--criterion", "magnitude", "--multiple", 1]
+    found = run("prune", folder, *ask, "--protect", "model.layers.3", "--protect", "ffn", "--out", tmp_path / "a")
+    assert found.exit_code == 2  # then nothing is left of the request
+    found = run("prune", folder, *ask, "--protect", "model.layers.3", "--out", tmp_path / "b")
+    assert found.exit_code == 0, found.stderr
+    found = run("prune", folder, *ask, "--protect", "zzz*", "--out", tmp_path / "c")
+    assert found.exit_code == 2
+    assert "names no part of this model" in found.stderr

@@ -120,3 +120,23 @@ def test_blocks_that_change_the_shape_cannot_go():
     model = nn.Sequential(*(nn.Sequential(nn.Linear(4 + n, 4 + n), nn.Linear(4 + n, 5 + n)) for n in range(3)))
     with pytest.raises(SecateurError):
         plan_layers(model, torch.randn(2, 4), 1)
+
+
+def test_a_model_with_an_encoder_still_writes():
+    """Stock transformers makes T5's cache by the encoder's count: with fewer blocks there than in the decoder it cannot
+    write. Then blocks of the decoder go.
+    """
+    model = t5()
+    inputs = {**IDS, "decoder_input_ids": IDS["input_ids"]}
+    scores = {
+        f"{side}.block.{place}": place + 10.0 * (side == "decoder")
+        for side in ("encoder", "decoder")
+        for place in range(3)
+    }
+    found = plan_layers(model, inputs, 1, scores=scores)
+    assert list(found.layers) == ["decoder.block"]
+    assert "does not generate" in found.protected["encoder.block.1"]
+    apply_(model, found, inputs)
+    write = {"max_new_tokens": 3, "do_sample": False}
+    cached, plain = (model.generate(IDS["input_ids"], use_cache=use, **write) for use in (True, False))
+    assert torch.equal(cached, plain)

@@ -284,3 +284,13 @@ def test_widths_after_sublayers():
         apply_(model, plan_sublayers(model, IDS, {"attention": 1, "mlp": 1}), IDS)
         apply_(model, plan(trace(model, IDS), remove={"hidden": 0.5, "ffn": 0.5}, multiple=1), IDS)
         assert model.get_input_embeddings().weight.shape[1] == width // 2
+
+
+def test_a_block_that_has_lost_both_is_a_block():
+    """Gemma 2 keeps the norms behind what is gone: what remains of the block has no matrix."""
+    model = decoder("Gemma2", layers=3)
+    kinds_before = {c.kind for c in trace(model, IDS)}
+    found = found_in(model)
+    scores = {name: float(".1." not in name) for name in found}
+    apply_(model, plan_sublayers(model, IDS, {"attention": 1, "mlp": 1}, scores=scores), IDS)
+    assert {c.kind for c in trace(model, IDS)} == kinds_before

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,14 +67,16 @@ class Smaller(Part):
             raise ValueError(f"unknown allocation {self.allocation!r}; known for structure: {', '.join(ALLOCATIONS)}")
         return self
 
-    def choice(self, remove: Mapping[str, int | float] | None) -> dict[str, Any]:
-        """How `plan` chooses among widths: remove is what was asked for without whole blocks and experts."""
+    def choice(self, remove: Mapping[str, int | float] | None, protect: Sequence[str] | None = None) -> dict[str, Any]:
+        """How `plan` chooses among widths: remove is what was asked for without whole blocks and experts, protect what of
+        the globs means widths; None: all of them.
+        """
         return {
             "remove": remove,
             "target": self.target,
             "allocation": self.allocation,
             "include": self.include,
-            "protect": self.protect,
+            "protect": self.protect if protect is None else protect,
             "multiple": self.multiple,
             "least": self.least,
             "seed": self.seed,

@@ -6,13 +6,16 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from secateur.errors import SecateurError
 from secateur.forward import default_loss
 from secateur.prune import Progress
+from secateur.recipe import nearest
 from secateur.smaller.request import Shrunk, Smaller
 from secateur.structure import (
     Plan,
@@ -28,7 +31,9 @@ from secateur.structure import (
 from secateur.structure.criteria import CRITERIA
 from secateur.structure.depth import stacks
 from secateur.structure.experts import expert_scores, mixtures
+from secateur.structure.kinds import KINDS as KNOWN
 from secateur.structure.plans import RECOMPUTED
+from secateur.structure.selection import touches
 from secateur.structure.sublayers import KINDS
 from secateur.weights.gradients import Loss
 
@@ -70,6 +75,7 @@ class Work:
 
     def cut(self) -> list[Plan]:
         """Whole blocks first, then widths."""
+        self._check_protected()
         plans = []
         ask = dict(self.wanted.remove or {})
         layers = ask.pop("layers", None)
@@ -86,6 +92,14 @@ class Work:
         if ask or self.wanted.target:
             plans.append(self._timed("width", lambda: self._widths(ask or None)))
         return plans
+
+    def _check_protected(self) -> None:
+        """Every glob names something: a part of the model, or a kind or coupling, which the trace will find."""
+        names = [*dict(self.model.named_modules()), *dict(self.model.named_parameters(remove_duplicate=False))]
+        for pattern in self.wanted.protect:
+            kind = pattern in KNOWN or ":" in pattern
+            if not kind and not any(fnmatchcase(name, pattern) for name in names):
+                raise SecateurError(f"--protect {pattern!r} names no part of this model{nearest(pattern, names)}")
 
     def _layers(self, count: int) -> Plan:
         found = plan_layers(
@@ -121,7 +135,7 @@ class Work:
         needs = CRITERIA[self.criterion].needs
         found = plan(
             couplings,
-            **wanted.choice(ask),
+            **wanted.choice(ask, [p for p in wanted.protect if any(touches(c, p) for c in couplings)]),
             criterion=self.criterion,
             batches=((self.labelled if needs & GRADIENTS else []) or self.batches) if needs else (),
             loss=(self.loss or default_loss(self.model)) if needs & GRADIENTS else None,

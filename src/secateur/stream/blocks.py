@@ -50,9 +50,14 @@ def _repeats(container: nn.Module, whole: int) -> bool:
     return (
         len(members) >= 2
         and len({type(member) for member in members}) <= max(MOST_TYPES, len(members) // 4)
-        and all(_matrices(member) >= 2 for member in members)
+        and _whole_types(members)
         and sum(_size(member, embeddings=False) for member in members) >= LEAST_SHARE * whole
     )
+
+
+def _whole_types(members: list[nn.Module]) -> bool:
+    """Every type has two matrices or more; a single member may have lost its own."""
+    return all(any(_matrices(other) >= 2 for other in members if type(other) is type(m)) for m in members)
 
 
 def _matrices(module: nn.Module) -> int:

@@ -92,14 +92,17 @@ def _public(table: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in table.items() if not key.startswith("_")}
 
 
-def writing(model: Any, inputs: Inputs) -> Write | None:
+def writing(model: Any, inputs: Inputs, encoders: bool = False) -> Write | None:
     """What lets a language model write after a padded prompt, and returns tokens [batch, length] and the logits [batch,
-    vocabulary] of every step. None for a model that does not write, or not from such inputs.
+    vocabulary] of every step. None for a model that does not write, or not from such inputs. encoders: one that reads with
+    an encoder counts, too.
     """
     able = getattr(model, "can_generate", None)
-    if able is None or not able() or not isinstance(inputs, Mapping) or set(inputs) - {"input_ids", "use_cache"}:
+    if able is None or not able() or not isinstance(inputs, Mapping) or "input_ids" not in inputs:
         return None
-    if getattr(model.config, "is_encoder_decoder", False) or "input_ids" not in inputs:
+    reads = bool(getattr(model.config, "is_encoder_decoder", False))
+    known = {"input_ids", "use_cache", *(("decoder_input_ids",) if reads else ())}
+    if (reads and not encoders) or set(inputs) - known:
         return None
     if on_meta(model):
         return None
@@ -136,7 +139,7 @@ class Cached:
 
 def cached(model: Any, inputs: Inputs) -> Cached | None:
     """How a language model writes; None for one that does not, or cannot from such inputs."""
-    write = writing(model, inputs)
+    write = writing(model, inputs, encoders=True)
     try:
         return None if write is None else Cached(_alike(model, write), _length(model, inputs))
     except FAILURES:
@@ -145,7 +148,7 @@ def cached(model: Any, inputs: Inputs) -> Cached | None:
 
 def check_cached(model: Any, inputs: Inputs, before: Cached | None) -> None:
     """Raises Wrong when a model does not write as well as it did before it was cut."""
-    write = writing(model, inputs)
+    write = writing(model, inputs, encoders=True)
     if before is None or write is None:
         return
     try:
@@ -172,6 +175,8 @@ def _alike(model: Any, write: Write) -> bool:
 
 
 def _length(model: Any, inputs: Any) -> int | None:
+    if getattr(model.config, "is_encoder_decoder", False):
+        return None
     with torch.no_grad():
         output = model(input_ids=inputs["input_ids"], use_cache=True)
     count = getattr(getattr(output, "past_key_values", None), "get_seq_length", None)
