@@ -142,7 +142,7 @@ def _remove(effect: str) -> Advice:
     return Advice(
         "remove whole layers, heads or widths",
         effect,
-        "secateur prune --remove ffn=30% heads=25%, then some training to recover",
+        "secateur prune --remove ffn=30% layers=2, then some training to recover",
         HERE,
     )
 

@@ -231,7 +231,7 @@ def prune(
             --calibration wiki.txt --out ./pruned
         secateur prune ./llama --pattern 2:4 --protect '*.layers.0.*' --out ./p24
         secateur prune ./llama --threshold 1.5s --out ./pruned --dry-run
-        secateur prune ./llama --remove ffn=30% heads=25% layers=2 --out ./small
+        secateur prune ./llama --remove ffn=30% heads=50% layers=2 --out ./small
         secateur prune --build mypkg.models:resnet56 --weights r56.safetensors \\
             --calibration images.npz --target macs=-50% --out ./small
         secateur prune --build mypkg.models:resnet56 --weights r56.safetensors \\

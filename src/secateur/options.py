@@ -53,7 +53,7 @@ Remove = Annotated[
     _option(
         "--remove",
         metavar="WHAT=SHARE ..",
-        help="Structure that goes, physically: ffn=30% heads=25% channels=50% layers=2 attention=4, or a glob=share.",
+        help="Structure that goes, physically: ffn=30% heads=50% channels=50% layers=2 attention=4, or a glob=share.",
         panel=STRUCTURE,
     ),
 ]
