@@ -411,3 +411,37 @@ def test_what_is_protected_may_be_a_block_or_a_width(folder, tmp_path):
     found = run("prune", folder, *ask, "--protect", "zzz*", "--out", tmp_path / "c")
     assert found.exit_code == 2
     assert "names no part of this model" in found.stderr
+
+
+def test_a_dry_run_writes_nothing_and_minds_nothing(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pruned").mkdir()
+    done = run(
+        "prune", folder, "--target", "macs=-30%", "--criterion", "magnitude", "--multiple", 1, "--dry-run", "--json"
+    )
+    assert done.exit_code == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["dry_run"]
+    assert found["after"]["macs"] <= 0.7 * found["before"]["macs"]
+    assert list((tmp_path / "pruned").iterdir()) == []
+
+
+def test_a_file_of_tensors_is_used_as_a_whole(built):
+    given = ["--build", "test_smaller:small_net", "--weights", built / "net.safetensors", "--out", built / "out"]
+    found = run(
+        "prune", *given, "--calibration", built / "inputs.safetensors", "--target", "macs=-50%", "--multiple", 1
+    )
+    assert found.exit_code == 0, found.stderr
+    found = run(
+        "prune",
+        *given[:-1],
+        built / "other",
+        "--calibration",
+        built / "inputs.safetensors",
+        "--samples",
+        1,
+        "--target",
+        "macs=-50%",
+    )
+    assert found.exit_code == 2
+    assert "two samples" in found.stderr

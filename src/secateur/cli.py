@@ -447,7 +447,11 @@ def _remove(values: dict[str, Any], where: str, device: str, dry_run: bool, outp
             assert wanted.model is not None
             found = remove(wanted.model, wanted, out, device=device, progress=bars, write=not dry_run)
     output.show(display.shrunk(found, wanted.out, wanted.build))
-    output.result(found.as_dict(), f"{wanted.out}: {found.after['params']:,} parameters")
+    name = wanted.out or wanted.model or wanted.build
+    output.result(
+        {"out": None if dry_run else str(out), "dry_run": dry_run} | found.as_dict(),
+        f"{name}: {found.after['params']:,} parameters",
+    )
 
 
 def _prune(run: Run, device: str, resume: bool, dry_run: bool, output: Output, title: str) -> None:

@@ -242,7 +242,8 @@ def reasons(protected: Mapping[str, str]) -> RenderableType:
 def shrunk(found: Shrunk, out: Path | None, build: str | None = None) -> RenderableType:
     """What structure went, what that saves, and how the result loads."""
     table = _table("", "before", "after", "", right=(1, 2, 3))
-    rows = [("parameters", "params", "{:,}"), ("bytes of the weights", "bytes", "{:,}")]
+    rows = [("parameters", "params", "{:,}"), ("multiply-accumulates", "macs", "{:,}")]
+    rows += [("bytes of the weights", "bytes", "{:,}")]
     rows += [("milliseconds of a forward", "milliseconds", "{:.2f}"), ("perplexity", "perplexity", "{:,.2f}")]
     for title, key, form in rows:
         if key in found.before:

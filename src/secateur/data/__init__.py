@@ -87,6 +87,17 @@ def calibration(
     return _data(batches, description, vocab_size)
 
 
+def samples(asked: Any) -> int:
+    """How many samples a recipe's `calibration` asks for; all that a file of tensors has, where it does not say."""
+    if (
+        asked.source is None
+        or asked.source.suffix.lower() not in TENSOR_SUFFIXES
+        or "samples" in asked.model_fields_set
+    ):
+        return asked.samples
+    return len(next(iter(load_tensors(asked.source).values())))
+
+
 def holdout(
     source: str | Path | None,
     tokenizer: Tokenizer,

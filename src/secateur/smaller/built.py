@@ -53,7 +53,8 @@ def remove_built(
     started = time.perf_counter()
     path, out = Path(weights), Path(out)
     check_device(device)
-    check_out(path, out)
+    if write:
+        check_out(path, out)
     checkpoint = open_weights(path)
     make = find_function(build)
     module = fresh(make, checkpoint, "auto", device)
@@ -61,6 +62,8 @@ def remove_built(
         parameter.requires_grad_(parameter.is_floating_point())
     criterion = wanted.criterion or "magnitude"
     batches, description = _batches(wanted, module, device)
+    if len(batches) < 2:
+        raise SecateurError("a module is traced on two samples at least: give more, or --samples 2")
     given = [_without_labels(batch, module) for batch in batches]
     example = {key: torch.cat([batch[key] for batch in given[:2]]) for key in given[0]}
     gradients = bool(CRITERIA[criterion].needs & GRADIENTS)
@@ -95,7 +98,7 @@ def _batches(wanted: Smaller, module: nn.Module, device: str) -> tuple[Batches, 
             f"each argument of its forward ({arguments}), the first dimension being the sample\n"
             "  (--calibration inputs.safetensors, with at least two samples)"
         )
-    data = inputs.calibration(asked.source, None, samples=asked.samples, length=asked.length, seed=asked.seed)
+    data = inputs.calibration(asked.source, None, samples=inputs.samples(asked), length=asked.length, seed=asked.seed)
     dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
 
     def fit(value: Tensor) -> Tensor:

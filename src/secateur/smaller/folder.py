@@ -56,7 +56,8 @@ def remove(
     """
     started = time.perf_counter()
     folder, out = resolve(folder), Path(out)
-    check_out(folder, out)
+    if write:
+        check_out(folder, out)
     check_device(device)
     check_folder(folder)
     check_whole(folder)
@@ -157,7 +158,7 @@ def _data(folder: Path, model: nn.Module, wanted: Smaller) -> tuple[str, Data | 
     found = inputs.calibration(
         asked.source,
         tokenizer,
-        samples=asked.samples,
+        samples=inputs.samples(asked),
         length=asked.length,
         seed=asked.seed,
         field=asked.field,

@@ -70,6 +70,8 @@ class Work:
         plans = self.cut()
         after = self.measures()
         self.progress("time", 0, 1, "before and after in turns")
+        if len(plans) == 1 and "macs" in plans[0].before:
+            before["macs"], after["macs"] = plans[0].before["macs"], plans[0].after["macs"]
         before["milliseconds"], after["milliseconds"] = latencies((again(), self.model), self.example)
         return Shrunk(plans, "", before, after, self.criterion, "none", self.seconds)
 
