@@ -15,11 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secateur.errors import SecateurError
-from secateur.forward import no_cache
 from secateur.stream.blocks import find_blocks
 from secateur.structure.hf_config import config_without
 from secateur.structure.proof import Wrong, difference, returned
-from secateur.structure.running import Inputs, evaluating, runner
+from secateur.structure.running import Inputs, run_all
 from secateur.structure.watch import outputs_of
 
 TOLERANCE = 1e-5
@@ -49,13 +48,7 @@ def block_influence(model: nn.Module, batches: Sequence[Inputs]) -> dict[str, fl
     for names in stacks(model).values():
         for name in names:
             handles.append(_listen(model.get_submodule(name), sums.setdefault(name, [0.0, 0.0])))
-    try:
-        with torch.no_grad(), evaluating(model):
-            for batch in batches:
-                runner(model, {**no_cache(model), **batch} if isinstance(batch, Mapping) else batch)()
-    finally:
-        for handle in handles:
-            handle.remove()
+    run_all(model, batches, handles)
     return {name: 1 - total / count for name, (total, count) in sums.items() if count}
 
 

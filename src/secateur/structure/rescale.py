@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.forward import no_cache
 from secateur.structure.plans import Plan, indices_of
-from secateur.structure.running import Inputs, evaluating, runner
+from secateur.structure.running import Inputs, run_all
 from secateur.structure.watch import tensors_of
 
 FEW = 1e-6  # a factor this close to 1 is none: the norm of a batch, which does not mix what it is given
@@ -29,13 +28,7 @@ def norm_factors(model: nn.Module, plan: Plan, batches: Sequence[Inputs]) -> dic
     """
     found = {name: _Fit(model.get_submodule(name), _cut(model, name, plan), kept) for name, kept in _norms(model, plan)}
     handles = [model.get_submodule(name).register_forward_hook(fit, with_kwargs=True) for name, fit in found.items()]
-    try:
-        with torch.no_grad(), evaluating(model):
-            for batch in batches:
-                runner(model, {**no_cache(model), **batch} if isinstance(batch, Mapping) else batch)()
-    finally:
-        for handle in handles:
-            handle.remove()
+    run_all(model, batches, handles)
     return {f"{name}.weight": fit.factor for name, fit in found.items() if abs(fit.factor - 1) > FEW}
 
 

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils.hooks import RemovableHandle
 
+from secateur.forward import no_cache
 from secateur.structure.proof import Wrong, difference
 from secateur.structure.watch import on_meta
 
@@ -59,6 +61,17 @@ def runner(model: nn.Module, example_inputs: Inputs) -> Callable[[], Any]:
             return model(*map(fit, args), **{key: fit(value) for key, value in kwargs.items()})
 
     return run
+
+
+def run_all(model: nn.Module, batches: Sequence[Inputs], hooks: Sequence[RemovableHandle] = ()) -> None:
+    """Run a model on every batch, without gradients, for what its hooks see; then they are removed."""
+    try:
+        with torch.no_grad(), evaluating(model):
+            for batch in batches:
+                runner(model, {**no_cache(model), **batch} if isinstance(batch, Mapping) else batch)()
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @contextlib.contextmanager

@@ -17,11 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from secateur.forward import no_cache
 from secateur.structure.depth import all_given, first_of, stacks
 from secateur.structure.plans import Sublayer
 from secateur.structure.proof import Wrong, difference, returned
-from secateur.structure.running import Inputs, evaluating, runner
+from secateur.structure.running import Inputs, evaluating, run_all
 from secateur.structure.watch import outputs_of
 
 ATTENTION, MLP, UNREAD = "attention", "mlp", "unread"
@@ -71,9 +70,7 @@ class _Call:
 
 
 def sublayers(model: nn.Module, run: Callable[[], Any]) -> dict[str, Sublayer]:
-    """Name -> sublayer, for every block that has two or more of them. Those of a model whose blocks add nothing to their
-    input (BERT, which normalizes the sum) are none.
-    """
+    """Name -> sublayer, for every block that has two or more of them; a block with one is that one."""
     blocks = [name for names in stacks(model).values() for name in names]
     found: dict[str, Sublayer] = {}
     with torch.no_grad(), evaluating(model):
@@ -260,13 +257,7 @@ def sublayer_influence(model: nn.Module, batches: Sequence[Inputs], found: Absen
                 handles.append(
                     model.get_submodule(block).register_forward_hook(_turned(model, own, sums), with_kwargs=True)
                 )
-    try:
-        with torch.no_grad(), evaluating(model):
-            for batch in batches:
-                runner(model, {**no_cache(model), **batch} if isinstance(batch, Mapping) else batch)()
-    finally:
-        for handle in handles:
-            handle.remove()
+    run_all(model, batches, handles)
     return {name: 1 - total / count for name, (total, count) in sums.items() if count}
 
 
