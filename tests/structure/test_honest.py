@@ -244,3 +244,27 @@ def test_a_cut_that_only_training_would_not_survive_is_not_offered():
     couplings = trace(Fixed().eval(), torch.randn(7, 4))
     assert "mean.weight:0" not in {f"{s.parameter}:{s.dim}" for c in couplings for s in c.slices}
     assert 10 in {c.size for c in couplings}
+
+
+def test_weights_that_a_forward_changes_for_good_are_changed_once():
+    """RWKV scales its weights in its first forward, and remembers that in an attribute: both stay, or the next one would
+    scale again."""
+
+    class Once(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.done = nn.Linear(4, 8), nn.Linear(8, 3), False
+
+        def forward(self, x):
+            if not self.done:
+                with torch.no_grad():
+                    self.a.weight.div_(2)
+                self.done = True
+            return self.b(torch.relu(self.a(x)))
+
+    torch.manual_seed(0)
+    model, x = Once().eval(), torch.randn(5, 4)
+    weight = model.a.weight.detach().clone()
+    trace(model, x)
+    assert model.done
+    torch.testing.assert_close(model.a.weight.detach(), weight / 2)

@@ -204,7 +204,10 @@ def _exercise(model: nn.Module, run: Callable[[], Any], learns: bool) -> None:
     """Forward and backward of the model, in its own dtype. Raises Wrong."""
     if on_meta(model):
         return
-    run_listening(model, run)
+    try:
+        run_listening(model, run)
+    except (ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
+        raise Wrong(f"the cut model does not run: {type(error).__name__}: {error}") from None
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained or not learns:
         return

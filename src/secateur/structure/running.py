@@ -77,7 +77,7 @@ def run_all(model: nn.Module, batches: Sequence[Inputs], hooks: Sequence[Removab
 @contextlib.contextmanager
 def _unchanged(model: nn.Module) -> Iterator[None]:
     """What a forward leaves behind on its modules (caches, buffers that it updates or makes) is gone afterwards, so that
-    each run is like the first one.
+    each run is like the first one. Not where it changes its own weights (RWKV scales them once): then it has to remember.
     """
     with _disable_current_modes():
         tables = [vars(module) for module in model.modules()]
@@ -85,11 +85,13 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
         inner = [(table["_buffers"], dict(table["_buffers"])) for table in tables]
         buffers = {id(b): b for _, before in inner for b in before.values() if b is not None and not on_meta(model)}
         kept = [(buffer, buffer.detach().clone()) for buffer in buffers.values()]
+        weights = [(parameter, parameter._version) for parameter in model.parameters()]
     try:
         yield
     finally:
+        for_good = any(parameter._version != version for parameter, version in weights)
         with _disable_current_modes(), torch.no_grad():
-            for table, before in [*outer, *inner]:
+            for table, before in [] if for_good else [*outer, *inner]:
                 for key in _public(table).keys() - before.keys():
                     del table[key]
                 for key, value in before.items():
@@ -125,16 +127,17 @@ def writing(model: Any, inputs: Inputs, encoders: bool = False) -> Write | None:
         mask[0, 0] = 0
 
     def write(tokens: int = 2, cached: bool = True) -> tuple[Tensor, list[Tensor]]:
-        found = model.generate(
-            ids,
-            attention_mask=mask,
-            max_new_tokens=tokens,
-            do_sample=False,
-            use_cache=cached,
-            pad_token_id=0,
-            output_logits=True,
-            return_dict_in_generate=True,
-        )
+        with _unchanged(model):
+            found = model.generate(
+                ids,
+                attention_mask=mask,
+                max_new_tokens=tokens,
+                do_sample=False,
+                use_cache=cached,
+                pad_token_id=0,
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
         return found.sequences, list(found.logits)
 
     return write
@@ -190,7 +193,7 @@ def _alike(model: Any, write: Write) -> bool:
 def _length(model: Any, inputs: Any) -> int | None:
     if getattr(model.config, "is_encoder_decoder", False):
         return None
-    with torch.no_grad():
+    with torch.no_grad(), _unchanged(model):
         output = model(input_ids=inputs["input_ids"], use_cache=True)
     count = getattr(getattr(output, "past_key_values", None), "get_seq_length", None)
     return None if count is None else int(count())

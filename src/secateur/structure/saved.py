@@ -63,7 +63,11 @@ def save(model: nn.Module, plans: Sequence[Plan], out: Path, config: Any = None,
     }
     (out / MANIFEST).write_text(json.dumps(content, indent=1, allow_nan=False), encoding="utf-8")
     if how == OURS and config is not None:
-        again = load(out)
+        try:
+            again = load(out)
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
+            kind = type(model).__name__
+            raise SecateurError(f"the cut {kind} cannot be built again: {type(error).__name__}: {error}") from error
         _compute_alike(again, model)
         _compare(again, checks, want, "secateur.load")
     return how
