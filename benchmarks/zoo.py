@@ -452,6 +452,10 @@ def _make(name: str) -> Model:
             parameter.requires_grad_(parameter.is_floating_point())
             if parameter.is_floating_point() and not may_be_missing(model, path):  # a table that its class computes
                 _disturb(parameter, size, generator)
+    for module in model.modules():  # what masks compute before each forward, so that the model can be copied
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                setattr(module, name, value.detach())
     return model, inputs
 
 
