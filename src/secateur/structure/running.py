@@ -14,10 +14,9 @@ from torch.utils.hooks import RemovableHandle
 
 from secateur.forward import no_cache
 from secateur.structure.proof import Wrong, difference
-from secateur.structure.watch import on_meta
+from secateur.structure.watch import FAILURES, on_meta
 
 TOKENS = 4  # written in the proof
-FAILURES = (RuntimeError, ValueError, TypeError, LookupError, AttributeError)
 TOLERANCE = 1e-3  # of the largest logit, with a cache against without
 Inputs = Mapping[str, Any] | Sequence[Any] | Tensor
 Write = Callable[..., tuple[Tensor, list[Tensor]]]

@@ -21,11 +21,10 @@ from secateur.structure.depth import all_given, first_of, stacks
 from secateur.structure.plans import Sublayer
 from secateur.structure.proof import Wrong, difference, returned
 from secateur.structure.running import Inputs, evaluating, run_all
-from secateur.structure.watch import outputs_of
+from secateur.structure.watch import FAILURES, outputs_of
 
 ATTENTION, MLP, UNREAD = "attention", "mlp", "unread"
 KINDS = (ATTENTION, MLP)
-FAILURES = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError)
 SAME = 1e-6  # of the largest entry: a block that hands on what it was given
 MOST = 4  # parts of a block that may be sublayers
 PLAIN = (bool, int, float, str, type(None))
