@@ -655,3 +655,125 @@ def packed_sequences():
             return self.out(unpack(self.lstm(packed)[0], batch_first=True)[0])
 
     return Net(), tokens()
+
+
+@net
+def head_size_from_the_width():
+    """As small GPTs are written: the size of a head is not kept, the code divides the width by the number of heads."""
+
+    class Block(nn.Module):
+        def __init__(self, width, heads):
+            super().__init__()
+            self.heads, self.width = heads, width
+            self.before, self.after = nn.LayerNorm(width), nn.LayerNorm(width)
+            self.together, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+            self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+        def forward(self, x):
+            batch, length, width = x.shape
+            parts = self.together(self.before(x)).split(self.width, dim=2)
+            q, k, v = (t.view(batch, length, self.heads, width // self.heads).transpose(1, 2) for t in parts)
+            scores = q @ k.transpose(-2, -1) / k.size(-1) ** 0.5
+            mixed = (scores.softmax(-1) @ v).transpose(1, 2).contiguous().view(batch, length, width)
+            x = x + self.out(mixed)
+            return x + self.down(F.gelu(self.up(self.after(x))))
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.tokens, self.places = nn.Embedding(20, 24), nn.Embedding(12, 24)
+            self.blocks = nn.ModuleList([Block(24, 4) for _ in range(2)])
+            self.norm, self.head = nn.LayerNorm(24), nn.Linear(24, 20, bias=False)
+
+        def forward(self, ids):
+            x = self.tokens(ids) + self.places(torch.arange(ids.shape[1]))
+            for block in self.blocks:
+                x = block(x)
+            return self.head(self.norm(x))
+
+    return Net(), torch.arange(14).reshape(2, 7)
+
+
+@net
+def windows_of_two_widths():
+    """Attention in windows with a bias of places, in two stages whose widths and heads go together, stage by stage."""
+
+    class Window(nn.Module):
+        def __init__(self, width, heads):
+            super().__init__()
+            self.heads, self.scale = heads, (width // heads) ** -0.5
+            self.bias = nn.Parameter(torch.randn(9, heads) * 0.1)
+            self.norm, self.qkv, self.out = nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.Linear(width, width)
+            places = torch.stack(torch.meshgrid(torch.arange(2), torch.arange(2), indexing="ij")).flatten(1)
+            apart = (places[:, :, None] - places[:, None]).permute(1, 2, 0) + 1
+            self.register_buffer("index", apart[..., 0] * 3 + apart[..., 1])
+
+        def forward(self, x):
+            batch, height, _, width = x.shape
+            y = self.norm(x).view(batch, height // 2, 2, height // 2, 2, width).transpose(2, 3).reshape(-1, 4, width)
+            parts = self.qkv(y).reshape(len(y), 4, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+            bias = self.bias[self.index.view(-1)].view(4, 4, -1).permute(2, 0, 1)
+            scores = (parts[0] * self.scale) @ parts[1].transpose(-2, -1) + bias
+            y = self.out((scores.softmax(-1) @ parts[2]).transpose(1, 2).reshape(-1, 4, width))
+            y = y.view(batch, height // 2, height // 2, 2, 2, width).transpose(2, 3)
+            return x + y.reshape(batch, height, height, width)
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.patches = nn.Conv2d(3, 18, 2, 2)
+            self.first, self.second = Window(18, 3), Window(36, 6)
+            self.merge, self.head = nn.Linear(72, 36, bias=False), nn.Linear(36, 5)
+
+        def forward(self, x):
+            x = self.first(self.patches(x).permute(0, 2, 3, 1))
+            x = torch.cat([x[:, ::2, ::2], x[:, 1::2, ::2], x[:, ::2, 1::2], x[:, 1::2, 1::2]], -1)
+            return self.head(self.second(self.merge(x)).mean((1, 2)))
+
+    return Net(), image(size=16)
+
+
+@net
+def view_that_counts_in_fours():
+    """As generators are written: the first feature map has four times as many channels as an attribute says."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.base = 8
+            self.start, self.norm = nn.Linear(10, 4 * self.base * 9), nn.BatchNorm2d(4 * self.base)
+            self.a = nn.ConvTranspose2d(4 * self.base, 2 * self.base, 4, 2, 1)
+            self.b = nn.ConvTranspose2d(2 * self.base, 3, 4, 2, 1)
+
+        def forward(self, x):
+            x = F.relu(self.norm(self.start(x).view(-1, self.base * 4, 3, 3)))
+            return torch.tanh(self.b(F.relu(self.a(x))))
+
+    return Net(), rows()
+
+
+@net
+def repeated_keys_by_the_width():
+    """Grouped queries in one module for all layers, the size of a head again divided out of the width."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.heads, self.groups = 4, 2
+            self.enter, self.head = nn.Linear(16, 24), nn.Linear(24, 5)
+            for name, width in {"q": 24, "k": 12, "v": 12, "o": 24}.items():
+                setattr(self, name, nn.ModuleList([nn.Linear(24, width) for _ in range(2)]))
+
+        def forward(self, x):
+            x = self.enter(x)
+            batch, length, width = x.shape
+            for q, k, v, o in zip(self.q, self.k, self.v, self.o, strict=True):
+                size = width // self.heads
+                asked = q(x).view(batch, length, self.heads, size).transpose(1, 2)
+                pairs = [m(x).view(batch, length, self.groups, size).transpose(1, 2) for m in (k, v)]
+                keys, values = (t.repeat_interleave(self.heads // self.groups, 1) for t in pairs)
+                mixed = F.scaled_dot_product_attention(asked, keys, values, is_causal=True)
+                x = x + o(mixed.transpose(1, 2).reshape(batch, length, width))
+            return self.head(x)
+
+    return Net(), tokens()

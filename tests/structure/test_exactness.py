@@ -37,6 +37,7 @@ EXPECTED = {  # kinds of structure, with sizes, that have to be found
     "lstm": {("units", 12), ("units", 20)},
     "linear into feature maps": {("channels", 12), ("channels", 8)},
     "pixel shuffle": {("channels", 8), ("channels", 6)},
+    "view that counts in fours": {("channels", 32), ("channels", 16)},
 }
 
 
@@ -114,6 +115,23 @@ def test_blocks_that_have_to_stay_even(traced):
     grouped = next(c for c in traced["u net"] if len(c.blocks) == 4)
     assert {len(block) for block in grouped.blocks} == {2}
     assert not grouped.exact
+
+
+def test_width_and_heads_that_the_code_divides_go_by_the_same_share(traced):
+    """Nothing that has to stay is taken along: the second stage of windows keeps its width when the first loses some."""
+
+    def blocks(name):
+        return {tuple(sorted(map(len, c.blocks))) for c in traced[name] if len(c.blocks) > 1}
+
+    assert blocks("head size from the width") == {(4, 4, 24)}
+    assert blocks("windows of two widths") == {(3, 18), (6, 36)}
+    assert blocks("repeated keys by the width") == {(2, 2, 24)}
+
+
+def test_units_that_only_go_several_at_a_time(traced):
+    first = next(c for c in traced["view that counts in fours"] if c.size == 32)
+    assert (first.grain, first.steps) == (4, 8)
+    assert str(first).splitlines()[0].endswith("32 units, 4 at a time")
 
 
 @pytest.mark.parametrize("name", [n for n in NETS if n not in ("fixed view", "in place writes")])

@@ -60,19 +60,26 @@ class Coupling:
     blocks: tuple[Ints, ...]
     exact: bool
     roots: Indices = field(repr=False)
+    grain: int = 1
 
     @property
     def steps(self) -> int:
         """In how many equal steps all units could be removed."""
-        return math.gcd(*(len(block) for block in self.blocks))
+        return math.gcd(*(len(block) // math.gcd(len(block), self.grain) for block in self.blocks))
 
     def __str__(self) -> str:
         head = f"{self.name} ({self.kind}): {self.size} units"
         if len(self.blocks) > 1:
             head += f" in {len(self.blocks)} blocks that keep equal shares, {self.steps} steps"
+        elif self.grain > 1:
+            head += f", {self.grain} at a time"
         if not self.exact:
             head += "; a norm or mean runs over them"
-        return "\n".join([head, *(f"    {part}" for part in self.slices)])
+        lines, starts = [head], list(dict.fromkeys(part.start for part in self.slices))
+        for start, end in itertools.pairwise([*starts, self.size]):
+            lines += [f"  units {start} to {end - 1}"] if len(starts) > 1 else []
+            lines += [f"    {part}" for part in self.slices if part.start == start]
+        return "\n".join(lines)
 
 
 @dataclass
@@ -163,10 +170,16 @@ class _Links:
         if not uneven:
             return True
         numbers = np.array(list(uneven))
-        factors = [sum((np.isin(one, numbers).astype(int) for one in part), np.zeros(1, int)) for part in owners]
-        sizes = {int((count > 0).sum()) for count in factors}
-        if len(sizes) > 1 or any((count > 1).any() for count in factors):
-            for number in uneven:
+        covered, inner = [], set[int]()
+        for part in owners:
+            outer = np.zeros(part[0].shape if part else 1, bool)
+            for one in part:
+                mine = np.isin(one, numbers)
+                inner |= set(one[mine & outer].tolist())
+                outer |= mine
+            covered.append(float(outer.mean()))
+        if stuck := set(uneven) if len(set(covered)) > 1 else inner:  # of a product, the outer factor may go by shares
+            for number in stuck:
                 reason = "it would change one of several sizes that the code takes to be equal"
                 facts.ids.protect(self._layout.members[number], reason)
             return False
@@ -205,7 +218,8 @@ def _couplings(facts: Facts, layout: _Layout, links: _Links) -> list[Coupling]:
         roots = np.concatenate([layout.members[number] for number in numbers])
         name = f"{parts[0].parameter}:{parts[0].dim}"
         exact = not bool(reduced[roots].any())
-        found.append(Coupling(name, "units", len(roots), tuple(parts), tuple(blocks), exact, roots))
+        grain = math.lcm(*(each for own, each in facts.grains if own[0] in roots))
+        found.append(Coupling(name, "units", len(roots), tuple(parts), tuple(blocks), exact, roots, grain))
     return found
 
 

@@ -30,7 +30,9 @@ def named(found: Sequence[Coupling], tensors: Mapping[str, Tensor], blocks: Coll
     given: set[str] = set()
     result = []
     for coupling in found:
-        kind = _kind(coupling, tensors, blocks)
+        starts = dict.fromkeys(part.start for part in coupling.slices)  # of several that are tied in number
+        kinds = [_kind([p for p in coupling.slices if p.start == start], tensors, blocks) for start in starts]
+        kind = "hidden" if "hidden" in kinds else kinds[0]
         name = base = f"{_home(coupling)}:{kind}".lstrip(":")
         number = 2
         while name in given:
@@ -47,8 +49,7 @@ def _home(coupling: Coupling) -> str:
     return ".".join(common or paths[0])
 
 
-def _kind(coupling: Coupling, tensors: Mapping[str, Tensor], blocks: Collection[str]) -> str:
-    first = [part for part in coupling.slices if part.start == 0]  # of one of several that are tied in number
+def _kind(first: Sequence[Slice], tensors: Mapping[str, Tensor], blocks: Collection[str]) -> str:
     weights = [(part, tensors[part.parameter]) for part in first if tensors[part.parameter].ndim > 1]
     shapes = [_shape(part.indices) for part, _ in weights]
     touched = {_block(part.parameter, blocks) for part, _ in weights}

@@ -23,6 +23,7 @@ from secateur.structure.surgery import Cut, cut_, mask_
 from secateur.structure.watch import Facts, Watch, another_run, located, outputs_of, plainly, training
 
 NORMS = frozenset({"native_layer_norm", "native_group_norm", "_fused_rms_norm"})
+DOES_NOT_RUN = "the cut model does not run"
 SAME = 1e-5  # relative difference of outputs that need no closer look
 REDUCTIONS = frozenset({"mean", "sum", "var", "var_mean", "std", "std_mean", "norm", "linalg_vector_norm"})
 
@@ -256,7 +257,7 @@ def _first_that_runs(
         except Wrong as error:
             wrong.append(error)
         except (RuntimeError, ValueError, TypeError, LookupError, AssertionError, AttributeError) as error:
-            wrong.append(Wrong(f"the cut model does not run: {_first_line(error)}{_line_of(error)}"))
+            wrong.append(Wrong(f"{DOES_NOT_RUN}: {_first_line(error)}{_line_of(error)}"))
         finally:
             undo()
     raise wrong[0]

@@ -7,9 +7,12 @@ held twice. What does not pass is protected, with the reason.
 from __future__ import annotations
 
 import contextlib
+import itertools
+import math
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +20,7 @@ import torch
 from torch import nn
 
 from secateur.structure.coupling import Coupling, Ints, find_couplings
-from secateur.structure.proof import Checked, Numbers, Wrong, check, run_listening
+from secateur.structure.proof import DOES_NOT_RUN, Checked, Numbers, Wrong, check, run_listening
 from secateur.structure.sizes import Clash
 from secateur.structure.surgery import cut_of, dead_of
 from secateur.structure.watch import Facts, tensors_of
@@ -25,6 +28,7 @@ from secateur.structure.watch import Facts, tensors_of
 SMALL = 200_000_000  # parameters of a model that is rehearsed in float64
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}  # of the largest output; some models compute in float32 inside
 COARSE = 0.1  # of 16-bit types
+TRIES = 10  # of each number of kinds that are left out
 SLOW = 0.5  # seconds of a forward in float64, above which the rehearsal keeps the model's own dtype
 
 
@@ -35,8 +39,15 @@ def rehearsed(model: nn.Module, facts: Facts, parameters: set[str], run: Callabl
         while True:
             found = [c for c in find_couplings(facts, parameters) if _can_lose(facts, c)]
             if failed := stage.failures(found):
+                if ties := stage.by_share([coupling for coupling, _ in failed]):
+                    for tie in ties:
+                        facts.equal_parts.append([coupling.roots for coupling in tie])
+                    continue
                 for coupling, reason in failed:
-                    facts.ids.protect(coupling.roots, reason)
+                    if reason.startswith(DOES_NOT_RUN) and (grain := stage.coarser(coupling)):
+                        facts.grains.append((coupling.roots, grain))
+                    else:
+                        facts.ids.protect(coupling.roots, reason)
             elif together := stage.inseparable(found):
                 facts.equal_parts.append([coupling.roots for coupling in together])
             else:
@@ -76,6 +87,7 @@ class _Stage:
     ) -> None:
         self._model, self._facts, self._run, self._reference = model, facts, run, reference
         self._tolerance = tolerance
+        self._grains: dict[object, int | None] = {}
 
     def failures(self, found: Sequence[Coupling]) -> list[tuple[Coupling, str]]:
         """Couplings that cannot be cut, and why."""
@@ -105,18 +117,63 @@ class _Stage:
                 return [coupling, *partners]
         return []
 
-    def _partners(self, fixed: list[Coupling], others: list[Coupling]) -> list[Coupling]:
+    def by_share(self, failed: Sequence[Coupling]) -> list[list[Coupling]]:
+        """Couplings that fail, but pass when they lose the same share: the width and the heads, where the code divides one
+        by the other. Each list has no more of them than it takes.
+        """
+        kinds: dict[object, list[Coupling]] = {}
+        for coupling in failed:
+            kinds.setdefault((_likeness(coupling), coupling.size), []).append(coupling)
+        by_runs = sorted(kinds.values(), key=lambda alike: _runs(alike[0]))  # heads before the entries of every head
+        for left_out in range(min(len(kinds) - 1, 3)):
+            for chosen in itertools.islice(itertools.combinations(by_runs, len(kinds) - left_out), TRIES):
+                together = [coupling for alike in chosen for coupling in alike]
+                if len(together) > 1 and self._shared(together) is None:
+                    return self._apart(together)
+        return []
+
+    def _apart(self, together: list[Coupling]) -> list[list[Coupling]]:
+        """What passes by shares, in sets that pass alone."""
+        ties = []
+        while together and self._shared(together) is None:
+            first, *others = together
+            tie = [first, *(self._partners([first], others, self._shared) if others else [])]
+            ties.append(tie)
+            together = [coupling for coupling in others if not any(coupling is own for own in tie)]
+        return [tie for tie in ties if len(tie) > 1]
+
+    def coarser(self, coupling: Coupling) -> int | None:
+        """How many units have to go at a time, where only some numbers of them that remain can be had."""
+        likeness = _likeness(coupling), coupling.size, coupling.grain
+        if likeness not in self._grains:
+            least = len(coupling.blocks[0]) // coupling.steps
+            tried = [grain for grain in range(least + 1, coupling.size // 2 + 1) if coupling.size % grain == 0]
+            passes = (g for g in tried[:TRIES] if self.problem([replace(coupling, grain=g)]) is None)
+            self._grains[likeness] = next(passes, None) if len(coupling.blocks) == 1 else None
+        return self._grains[likeness]
+
+    def _shared(self, found: Sequence[Coupling]) -> str | None:
+        """What is wrong when all of these lose the same share."""
+        return self.problem(found, math.gcd(*(coupling.steps for coupling in found)))
+
+    def _partners(
+        self,
+        fixed: list[Coupling],
+        others: list[Coupling],
+        problem: Callable[[Sequence[Coupling]], str | None] | None = None,
+    ) -> list[Coupling]:
         """The fewest others without which the fixed ones fail, knowing that with all others they pass."""
-        if self.problem(fixed) is None:
+        problem = problem or self.problem
+        if problem(fixed) is None:
             return []
         if len(others) == 1:
             return others
         one, other = others[: len(others) // 2], others[len(others) // 2 :]
         for half in (one, other):
-            if self.problem([*fixed, *half]) is None:
-                return self._partners(fixed, half)
-        needed = self._partners([*fixed, *other], one)
-        return needed + self._partners([*fixed, *needed], other)
+            if problem([*fixed, *half]) is None:
+                return self._partners(fixed, half, problem)
+        needed = self._partners([*fixed, *other], one, problem)
+        return needed + self._partners([*fixed, *needed], other, problem)
 
     def _among(self, alike: list[Coupling]) -> list[tuple[Coupling, str]]:
         """Failures among couplings of one kind: all of them where the first one fails alone."""
@@ -129,13 +186,15 @@ class _Stage:
         half = max(len(alike) // 2, 1)
         return self._among(alike[:half]) + self._among(alike[half:]) or [(coupling, reason) for coupling in alike]
 
-    def problem(self, found: Sequence[Coupling]) -> str | None:
-        """What is wrong when these lose a step of units each; None when nothing is."""
+    def problem(self, found: Sequence[Coupling], shares: int | None = None) -> str | None:
+        """What is wrong when these lose a step of units each, or one of so many equal shares; None when nothing is."""
+        if shares == 1:
+            return "nothing can go without all of it going"
         try:
             seen = check_removal(
                 self._model,
                 self._facts,
-                [(coupling, ends(coupling)) for coupling in found],
+                [(coupling, ends(coupling, shares)) for coupling in found],
                 self._run,
                 self._reference,
             )
@@ -146,20 +205,27 @@ class _Stage:
         return None
 
 
+def _runs(coupling: Coupling) -> int:
+    """In how many pieces a unit lies."""
+    return int((np.diff(coupling.slices[0].indices[0]) != 1).sum()) + 1
+
+
 def share(coupling: Coupling, steps: int) -> Ints:
     """Units that a number of steps removes: the first of each block, so that all others change their places."""
     per_step = [len(block) // coupling.steps for block in coupling.blocks]
     return np.concatenate([block[: steps * n] for block, n in zip(coupling.blocks, per_step, strict=True)])
 
 
-def ends(coupling: Coupling) -> Ints:
-    """A step of units from the front, and where more than that stays one from the end: what is read by its place, from
-    either side, moves or is missing.
+def ends(coupling: Coupling, shares: int | None = None) -> Ints:
+    """Steps of units, or some of so many equal shares: from the front, and where more than that stays from the end, so that
+    what is read by its place, from either side, moves or is missing; an odd number of them, as far as there are enough.
     """
-    first = share(coupling, 1)
-    if coupling.steps < 3:
+    shares = shares or coupling.steps
+    each = coupling.steps // shares
+    first = share(coupling, each if shares < 5 else 2 * each)
+    if shares < 3:
         return first
-    last = [block[len(block) - len(block) // coupling.steps :] for block in coupling.blocks]
+    last = [block[len(block) - len(block) * each // coupling.steps :] for block in coupling.blocks]
     return np.unique(np.concatenate([first, *last]))
 
 

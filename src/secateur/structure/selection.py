@@ -76,8 +76,7 @@ def candidates(
 def _allowed(coupling: Coupling, multiple: int | None, least: float) -> Ints:
     """How many steps may remain: all, or widths that are a multiple, and not fewer than the least."""
     steps = coupling.steps
-    first = coupling.slices[0]
-    width = first.indices.size if len(coupling.blocks) == 1 else len(first.indices) * first.indices.shape[1]
+    width = max(coupling.slices, key=lambda part: len(part.indices)).indices.size
     asked = MULTIPLE.get(coupling.kind, 64) if multiple is None else multiple
     if multiple is None:
         while asked > 1 and asked * 8 > width:  # a narrow dimension is rounded to a smaller power of two
@@ -94,7 +93,7 @@ def by_ratio(found: Sequence[Candidate], remove: Mapping[str, float]) -> dict[in
     for candidate in found:
         asked = next((remove[key] for key in reversed(list(remove)) if matches(candidate.coupling, key)), None)
         if asked:
-            share = asked if asked < 1 else asked / candidate.coupling.size * len(candidate.coupling.blocks)
+            share = asked if asked < 1 else asked / max(map(len, candidate.coupling.blocks))
             removed[candidate.number] = candidate.units(candidate.closest((1 - share) * candidate.coupling.steps))
     return {number: units for number, units in removed.items() if len(units)}
 

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from secateur.errors import SecateurError
-from secateur.structure.identities import Dim, Identities
+from secateur.structure.identities import Dim, Identities, Indices
 from secateur.structure.rules import RULES
 from secateur.structure.rules.call import Call, Dims, Seen, Work
 from secateur.structure.rules.pointwise import elementwise, unknown
@@ -33,7 +33,8 @@ class Facts:
 
     ids: Identities = field(default_factory=Identities)
     dims: dict[str, Dims] = field(default_factory=dict)
-    equal_parts: list[list[Dim]] = field(default_factory=list)
+    equal_parts: list[list[Dim]] = field(default_factory=list)  # of which the same share has to stay
+    grains: list[tuple[Indices, int]] = field(default_factory=list)  # of which only a multiple of so many can go
     reductions: list[tuple[Dim, str]] = field(default_factory=list)  # and the module that does it
     unknown: dict[str, str] = field(default_factory=dict)  # operator -> module where it was seen first
     uses: list[Use] = field(default_factory=list)
