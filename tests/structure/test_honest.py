@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
 import torch
+from nets import NETS
 from torch import Tensor, nn
 
 from secateur.errors import SecateurError
@@ -54,6 +56,33 @@ def test_outputs_in_any_form_keep_their_sizes(form):
 def test_outputs_without_tensors_are_refused(form):
     with pytest.raises(SecateurError, match="no tensor is found"):
         trace(Returns(form).eval(), torch.randn(5, 4))
+
+
+class Behind(nn.Module):
+    """A net that shuffles channels by fixed numbers, of which the output says next to nothing on these inputs."""
+
+    def __init__(self, form):
+        super().__init__()
+        self.branch, self.form = NETS["channel shuffle"]()[0], form
+        self.small = nn.Parameter(torch.arange(1.0, 5.0) * 1e-12)
+
+    def forward(self, x):
+        return self.form(self, x, self.branch(x).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda net, x, y: x.mean((2, 3)).sum(1, keepdim=True) + net.small * y,
+        lambda net, x, y: x.mean((2, 3)).sum(1, keepdim=True) + torch.relu(x.min() - 100) * y,
+        lambda net, x, y: (y + 100 * torch.arange(4)).argmax(1),
+    ],
+    ids=["small scale", "closed gate", "choice"],
+)
+def test_a_wrong_cut_shows_behind_a_gate_or_a_choice(form):
+    torch.manual_seed(0)
+    couplings = trace(Behind(form).eval(), NETS["channel shuffle"]()[1])
+    assert re.search("of what branch.* returns", couplings.protected["branch.c.weight:1"])
 
 
 class Shifted(nn.Module):

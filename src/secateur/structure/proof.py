@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from secateur.structure.identities import Dim
+from secateur.structure.inner import Sketches, farthest, sketched
 from secateur.structure.surgery import Cut, cut_, mask_
 from secateur.structure.watch import Facts, Watch, another_run, located, outputs_of, plainly, training
 
@@ -165,12 +166,26 @@ def _restricted_norm(func: Any, args: Any, kwargs: Any, kept: Mapping[int, Tenso
     return (whole.index_copy(place, indices, out[0]), *out[1:])
 
 
-def run_listening(model: nn.Module, run: Callable[[], Any]) -> tuple[list[Tensor], Numbers]:
-    """The outputs of a run, and its numbers."""
+@dataclass(frozen=True)
+class Outcome:
+    """What a run gave: its outputs, and what the modules returned on the way."""
+
+    outputs: list[Tensor]
+    inner: Sketches
+
+    def against(self, want: Outcome) -> tuple[float, str]:
+        """The largest relative difference, and the module that returns it; "" for the output."""
+        whole = difference(want.outputs, self.outputs)
+        inner, where = farthest(want.inner, self.inner)
+        return (inner, where) if inner > whole else (whole, "")
+
+
+def run_listening(model: nn.Module, run: Callable[[], Any]) -> tuple[Outcome, Numbers]:
+    """The outcome of a run, and its numbers."""
     listen = Listen()
-    with plainly(model), located(model, listen.where), listen:
+    with plainly(model), located(model, listen.where), sketched(model) as inner, listen:
         output = run()
-    return returned(output), listen.numbers
+    return Outcome(returned(output), inner), listen.numbers
 
 
 def returned(output: Any) -> list[Tensor]:
@@ -180,11 +195,20 @@ def returned(output: Any) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class Checked:
-    """What was seen: the largest difference relative to the largest output, and whether a norm ran over what was left."""
+    """What was seen: the largest difference relative to the largest output, or to what a module on the way returns (where);
+    whether a norm ran over what was left; and which answer to what the attributes should be was right.
+    """
 
     difference: float
     restricted: bool
     answer: int
+    where: str = ""
+
+    def within(self, tolerance: float) -> None:
+        """Raises Wrong where it is not."""
+        if not self.difference <= tolerance:
+            of = f"of what {self.where} returns" if self.where else "of the largest output"
+            raise Wrong(f"removing differs from zeroing by {self.difference:.1e} {of}")
 
 
 def check(
@@ -201,23 +225,23 @@ def check(
     dead: which identities the cut removes. masked: what to mask where that is not what is cut, to test this very check.
     """
     got, answer = _first_that_runs(model, cut, run, reference, facts.trains)
-    if not got:
+    if not got.outputs:
         raise Wrong("the model returns no tensors to compare")
-    if got[0].device.type == "meta":
+    if got.outputs[0].device.type == "meta":
         return Checked(0.0, False, answer)
     whole = masked or cut
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     alone = Cut({name: dims for name, dims in whole.kept.items() if name in parameters}, whole.attributes)
     if not _reduces_over(facts, dead):  # then nothing has to be followed, which takes most of the time
-        apart = difference(_plain_outputs(model, alone, run), got)
+        apart, where = got.against(_plain_outcome(model, alone, run))
         if apart <= SAME:
-            return Checked(apart, False, answer)
+            return Checked(apart, False, answer, where)
     for cut in (alone, whole):  # constants of a channel too, where the weights behind them do not see to it
-        want, restricted = masked_outputs(model, facts, cut, run, dead)
-        apart = difference(want, got)
+        want, restricted = _masked_outcome(model, facts, cut, run, dead)
+        apart, where = got.against(want)
         if apart <= SAME:
             break
-    return Checked(apart, restricted, answer)
+    return Checked(apart, restricted, answer, where)
 
 
 def _reduces_over(facts: Facts, dead: NDArray[np.bool_]) -> bool:
@@ -230,20 +254,20 @@ def _reduces_over(facts: Facts, dead: NDArray[np.bool_]) -> bool:
     return False
 
 
-def _plain_outputs(model: nn.Module, cut: Cut, run: Callable[[], Any]) -> list[Tensor]:
-    """The outputs of the model in which the slices are zero."""
+def _plain_outcome(model: nn.Module, cut: Cut, run: Callable[[], Any]) -> Outcome:
+    """That of the model in which the slices are zero."""
     undo = mask_(model, cut)
     try:
-        with plainly(model):
-            return returned(run())
+        with plainly(model), sketched(model) as inner:
+            return Outcome(returned(run()), inner)
     finally:
         undo()
 
 
 def _first_that_runs(
     model: nn.Module, cut: Cut, run: Callable[[], Any], reference: Numbers, trains: bool
-) -> tuple[list[Tensor], int]:
-    """The outputs with the first answer to what the attributes should be that runs, and that answer's place."""
+) -> tuple[Outcome, int]:
+    """The outcome with the first answer to what the attributes should be that runs, and that answer's place."""
     wrong: list[Wrong] = []
     for answer in range(len(cut.attributes)):
         undo = cut_(model, cut, answer)
@@ -263,16 +287,16 @@ def _first_that_runs(
     raise wrong[0]
 
 
-def masked_outputs(
+def _masked_outcome(
     model: nn.Module, facts: Facts, cut: Cut, run: Callable[[], Any], dead: NDArray[np.bool_]
-) -> tuple[list[Tensor], bool]:
-    """The outputs of the masked model, and whether a mean or norm ran over what is left."""
+) -> tuple[Outcome, bool]:
+    """That of the masked model, and whether a mean or norm ran over what is left."""
     undo = mask_(model, cut)
     try:
         masked = Masked(model, facts, dead)
-        with plainly(model), located(model, masked.where), masked:
+        with plainly(model), located(model, masked.where), sketched(model) as inner, masked:
             output = run()
-        return returned(output), masked.restricted
+        return Outcome(returned(output), inner), masked.restricted
     finally:
         undo()
 

@@ -1,0 +1,76 @@
+"""What modules return on the way to the output: there a wrong cut shows even behind a gate that is nearly closed on these
+inputs, or where the output is a choice that stays the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
+
+from secateur.structure.watch import outputs_of
+
+LEAST = 1e-6  # of the largest number on the way; a tensor that is smaller as a whole is compared with this
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """A tensor in short. sums: over all elements, with two sets of weights; equal where the tensors are."""
+
+    shape: tuple[int, ...]
+    largest: float
+    sums: tuple[float, float]
+
+
+Sketches = Mapping[str, Sequence[Sketch]]
+
+
+@contextlib.contextmanager
+def sketched(model: nn.Module) -> Iterator[Sketches]:
+    """Name of a module -> what it returns, call by call, while the model runs."""
+    names = {module: name for name, module in model.named_modules() if name}
+    found: dict[str, list[Sketch]] = {}
+
+    def keep(module: nn.Module, args: object, output: object) -> None:
+        if module in names:
+            with _disable_current_modes(), torch.no_grad():
+                found.setdefault(names[module], []).extend(
+                    _sketch(t) for t in outputs_of(output) if t.is_floating_point() and t.device.type != "meta"
+                )
+
+    handle = torch.nn.modules.module.register_module_forward_hook(keep)
+    try:
+        yield found
+    finally:
+        handle.remove()
+
+
+def _sketch(tensor: Tensor) -> Sketch:
+    flat = tensor.detach().to_dense().double().flatten()
+    if not len(flat):
+        return Sketch(tuple(tensor.shape), 0.0, (0.0, 0.0))
+    places = torch.arange(len(flat), dtype=torch.float64, device=flat.device)
+    sums = tuple(float(flat @ wave) / math.sqrt(len(flat)) for wave in (torch.cos(places), torch.sin(places * 1.7)))
+    return Sketch(tuple(tensor.shape), float(flat.abs().max()), (sums[0], sums[1]))
+
+
+def farthest(want: Sketches, got: Sketches) -> tuple[float, str]:
+    """The largest relative difference of what keeps its shape, and the module that returns it."""
+    worst, where = 0.0, ""
+    floor = LEAST * max((s.largest for own in want.values() for s in own if math.isfinite(s.largest)), default=0.0)
+    for name, own in want.items():
+        others = got.get(name, ())
+        if len(own) != len(others):
+            continue  # another path through the model: routing, loops over what is there
+        for one, other in zip(own, others, strict=True):
+            if one.shape != other.shape or not math.isfinite(sum(one.sums) + sum(other.sums)):
+                continue
+            apart = max(abs(a - b) for a, b in zip(one.sums, other.sums, strict=True))
+            if apart > worst * max(one.largest, floor):
+                worst, where = apart / max(one.largest, floor), name
+    return worst, where
