@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -777,3 +780,105 @@ def repeated_keys_by_the_width():
             return self.head(x)
 
     return Net(), tokens()
+
+
+@dataclass
+class Sizes:
+    """What the nets of some repositories take."""
+
+    heads: int = 4
+    size: int = 5
+
+
+@net
+def sizes_in_records():
+    """A namespace, a dataclass and a dictionary of settings, which belong to the caller."""
+
+    class Attention(nn.Module):
+        def __init__(self, settings):
+            super().__init__()
+            self.settings = settings
+            self.enter, self.out = nn.Linear(16, 60), nn.Linear(20, 16)
+
+        def forward(self, x):
+            read = self.settings.__getitem__ if isinstance(self.settings, dict) else partial(getattr, self.settings)
+            q, k, v = self.enter(x).view(*x.shape[:2], 3, read("heads"), read("size")).permute(2, 0, 3, 1, 4)
+            mixed = (q @ k.transpose(-2, -1) / 2).softmax(-1) @ v
+            return x + self.out(mixed.transpose(1, 2).reshape(*x.shape[:2], -1))
+
+    records = [SimpleNamespace(heads=4, size=5), Sizes(), {"heads": 4, "size": 5}]
+    return nn.Sequential(nn.Linear(16, 16), *map(Attention, records), nn.Linear(16, 4)), tokens()
+
+
+@net
+def sizes_that_are_only_compared():
+    class Checked(nn.Module):
+        def __init__(self, width, inner):
+            super().__init__()
+            self.width, self.inner = width, inner
+            self.up, self.down = nn.Linear(width, inner), nn.Linear(inner, width)
+
+        def forward(self, x):
+            assert x.shape[-1] == self.width, "wrong width"
+            y = F.gelu(self.up(x))
+            if y.shape[-1] != self.inner:
+                raise ValueError("wrong inner width")
+            return x + self.down(y)
+
+    return nn.Sequential(nn.Linear(10, 12), Checked(12, 18), Checked(12, 20), nn.Linear(12, 3)), rows()
+
+
+@net
+def encoder_and_decoder():
+    """torch's own: it compares widths with one that it was made with."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.tokens = nn.Embedding(30, 16)
+            self.both = nn.Transformer(16, 4, 1, 1, 24, batch_first=True)
+            self.head = nn.Linear(16, 5)
+
+        def forward(self, source, target):
+            return self.head(self.both(self.tokens(source), self.tokens(target)))
+
+    return Net(), (torch.arange(10).reshape(2, 5), torch.arange(12).reshape(2, 6))
+
+
+@net
+def attention_by_maxima():
+    """CBAM: channels are weighed by their maxima over space, places by the maximum and mean over channels."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.next = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 12, 3, padding=1)
+            self.squeeze, self.excite = nn.Linear(16, 6), nn.Linear(6, 16)
+            self.places, self.head = nn.Conv2d(2, 1, 3, padding=1), nn.Linear(12, 4)
+
+        def forward(self, x):
+            x = F.relu(self.stem(x))
+            pooled = self.excite(F.relu(self.squeeze(x.amax((2, 3))))) + self.excite(
+                F.relu(self.squeeze(x.mean((2, 3))))
+            )
+            x = x * pooled.sigmoid()[:, :, None, None]
+            both = torch.cat([x.mean(1, keepdim=True), x.max(1, keepdim=True)[0]], 1)
+            return self.head(F.relu(self.next(x * self.places(both).sigmoid())).mean((2, 3)))
+
+    return Net(), image()
+
+
+@net
+def channel_that_is_largest():
+    """Where the place of a maximum is read, the channels have to stay."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.table, self.head = nn.Linear(10, 12), nn.Embedding(12, 6), nn.Linear(6, 3)
+
+        def forward(self, x):
+            size, place = self.a(x).max(1)
+            return self.head(self.table(place) * size[:, None])
+
+    return Net(), rows()

@@ -26,6 +26,7 @@ REFUSED = {  # what must not be offered for removal, and a word of the reason
     "fixed view": {"a.weight:0": ""},
     "weight normalization": {"0.parametrizations.weight.original1:1": "remove_parametrizations"},
     "tied weights": {"table.weight:0": "looked up"},
+    "channel that is largest": {"a.weight:0": "place of aten.max is read"},
 }
 EXPECTED = {  # kinds of structure, with sizes, that have to be found
     "attention by attributes": {("heads", 4)},
@@ -37,6 +38,10 @@ EXPECTED = {  # kinds of structure, with sizes, that have to be found
     "lstm": {("units", 12), ("units", 20)},
     "linear into feature maps": {("channels", 12), ("channels", 8)},
     "pixel shuffle": {("channels", 8), ("channels", 6)},
+    "attention by maxima": {("channels", 16), ("channels", 12), ("units", 6)},
+    "encoder and decoder": {("heads", 4), ("units", 16), ("units", 24)},
+    "sizes in records": {("heads", 4), ("head_dim", 5), ("units", 16)},
+    "sizes that are only compared": {("units", 12), ("units", 18), ("units", 20)},
     "view that counts in fours": {("channels", 32), ("channels", 16)},
 }
 

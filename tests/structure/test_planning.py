@@ -443,3 +443,23 @@ def test_the_rank_of_an_adapter_is_a_kind_of_its_own():
     assert all(removal.left == removal.size for removal in found.removals if removal.kind == "rank")
     named = plan(couplings, remove={"rank": 0.5}, multiple=1)
     assert {removal.left for removal in named.removals if removal.kind == "rank"} == {1}
+
+
+def test_settings_that_belong_to_the_caller_are_copied_before_they_change():
+    model, x = NETS["sizes in records"]()
+    settings = [model[place].settings for place in (1, 2, 3)]
+    before = copy.deepcopy(settings)
+    found = plan(trace(model.eval(), x), remove={"heads": 0.5}, multiple=1)
+    assert settings == before
+    apply_(model, found)
+    assert settings == before
+    after = [model[place].settings for place in (1, 2, 3)]
+    assert [vars(s) if not isinstance(s, dict) else s for s in after] == [{"heads": 2, "size": 5}] * 3
+    assert [type(a) for a in after] == [type(b) for b in before]
+
+
+def test_sizes_that_are_only_compared_follow():
+    model, x = NETS["sizes that are only compared"]()
+    couplings = trace(model.eval(), x)
+    apply_(model, plan(couplings, remove={"units": 0.5}, multiple=1))
+    assert [(m.width, m.inner) for m in (model[1], model[2])] == [(6, 9), (6, 10)]

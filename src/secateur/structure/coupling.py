@@ -74,7 +74,7 @@ class Coupling:
         elif self.grain > 1:
             head += f", {self.grain} at a time"
         if not self.exact:
-            head += "; a norm or mean runs over them"
+            head += "; a norm, mean or maximum runs over them"
         lines, starts = [head], list(dict.fromkeys(part.start for part in self.slices))
         for start, end in itertools.pairwise([*starts, self.size]):
             lines += [f"  units {start} to {end - 1}"] if len(starts) > 1 else []

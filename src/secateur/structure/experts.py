@@ -24,7 +24,7 @@ from secateur.errors import SecateurError
 from secateur.forward import no_cache
 from secateur.structure.proof import Wrong, difference, returned
 from secateur.structure.running import Inputs, evaluating, runner
-from secateur.structure.sizes import Values, owners
+from secateur.structure.sizes import Values, owners, table_of
 from secateur.structure.surgery import Cut, cut_
 from secateur.structure.watch import tensors_of
 from secateur.weights.layers import all_layers
@@ -159,7 +159,7 @@ def experts_cut(model: nn.Module, found: Sequence[Mixture], kept: Kept) -> Cut:
     sizes = {m.count: len(kept[m.name]) for m in found if m.name in kept}
     for number, (path, owner) in enumerate(owners(model)):
         inside = not isinstance(owner, nn.Module) or any(f"{path}.".startswith(f"{name}.") for name in kept)
-        for name, value in vars(owner).items():
+        for name, value in table_of(owner).items():
             if inside and type(value) is int and value in sizes and "expert" in name and "per_tok" not in name:
                 values[(number, name, -1)] = sizes[value]
     return Cut(tensors, [values])

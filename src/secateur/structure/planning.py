@@ -33,7 +33,7 @@ from secateur.structure.selection import (
     matches,
     touches,
 )
-from secateur.structure.sizes import Clash, Values, owners
+from secateur.structure.sizes import Clash, Values, owners, table_of
 from secateur.structure.surgery import Cut, cut_of, dead_of, mask_
 from secateur.structure.watch import tensors_of
 from secateur.weights.gradients import Loss
@@ -219,7 +219,7 @@ def _attributes(model: nn.Module, values: Values) -> tuple[Attribute, ...]:
     holders, found = owners(model), []
     for (number, name, place), value in values.items():
         path, owner = holders[number]
-        now = vars(owner)[name]
+        now = table_of(owner)[name]
         before = now if place < 0 else now[place]
         if before != value:
             found.append(Attribute(path, name, place, before, value))

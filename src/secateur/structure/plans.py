@@ -116,7 +116,7 @@ class Plan:
             lines.append(f"  without {len(names)} x {kind}: {', '.join(names)}")
         width = max((len(removal.coupling) for removal in self.removals), default=0)
         for removal in self.removals:
-            note = "" if removal.exact else "  (a norm or mean runs over them)"
+            note = "" if removal.exact else "  (a norm, mean or maximum runs over them)"
             cut = f"{removal.size} -> {removal.left}" if removal.left < removal.size else f"{removal.size} kept"
             lines.append(f"  {removal.coupling:{width}s}  {cut}{note}{': ' + removal.why if removal.why else ''}")
         lines += [f"  {name}: protected, {why}" for name, why in self.protected.items()]

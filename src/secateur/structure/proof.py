@@ -27,6 +27,7 @@ NORMS = frozenset({"native_layer_norm", "native_group_norm", "_fused_rms_norm"})
 DOES_NOT_RUN = "the cut model does not run"
 SAME = 1e-5  # relative difference of outputs that need no closer look
 REDUCTIONS = frozenset({"mean", "sum", "var", "var_mean", "std", "std_mean", "norm", "linalg_vector_norm"})
+EXTREMES = frozenset({"amax", "amin", "max", "min", "aminmax"})
 
 
 class Wrong(Exception):
@@ -98,7 +99,8 @@ class Masked(Watch):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name.removeprefix("aten::")
-        if name in NORMS or name in REDUCTIONS:
+        extreme = name in EXTREMES and not (len(args) > 1 and isinstance(args[1], Tensor))
+        if name in NORMS or name in REDUCTIONS or extreme:
             call = _restricted_norm if name in NORMS else _restricted_reduction
             kept = self._kept(name, func, args, kwargs or {})
             if kept:

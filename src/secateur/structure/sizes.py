@@ -7,9 +7,12 @@ surgery the attributes follow from that: see `solve`.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor, nn
@@ -28,6 +31,7 @@ class Size(int):
     compute: Callable[[Values], int]
     single: Key | None  # the attribute that this number is, unchanged
     mixed: bool  # whether other integers went into it
+    compared: set[Key] | None = None  # where to note that it was compared with another number
 
     def __new__(
         cls,
@@ -78,6 +82,20 @@ class Size(int):
     def __neg__(self) -> Any:
         return self._with(-1, lambda a, b: a * b)
 
+    def _note(self) -> None:
+        if self.compared is not None and self.single is not None:
+            self.compared.add(self.single)
+
+    def __eq__(self, other: object) -> bool:
+        self._note()
+        return int.__eq__(self, other)  # type: ignore[arg-type]
+
+    def __ne__(self, other: object) -> bool:
+        self._note()
+        return int.__ne__(self, other)  # type: ignore[arg-type]
+
+    __hash__ = int.__hash__
+
     def __reduce__(self) -> Any:
         return int, (int(self),)
 
@@ -96,12 +114,15 @@ class Use:
 
 
 def owners(model: nn.Module) -> list[tuple[str, Any]]:
-    """Everything that holds integers: modules, and the configs that they refer to, each once."""
+    """Everything that holds integers: modules, the configs that they refer to, and their records, each once."""
     found: list[tuple[str, Any]] = []
     seen: set[int] = set()
     for name, module in model.named_modules():
         found.append((name, module))
         queue = [(f"{name}.{key}".lstrip("."), value) for key, value in vars(module).items()]
+        records = [
+            (f"{name}.{key}".lstrip("."), v) for key, v in vars(module).items() if key[0] != "_" and is_record(v)
+        ]
         while queue:
             path, value = queue.pop()
             if id(value) in seen or not _is_config(value):
@@ -109,7 +130,16 @@ def owners(model: nn.Module) -> list[tuple[str, Any]]:
             seen.add(id(value))
             found.append((path, value))
             queue += [(f"{path}.{key}", inner) for key, inner in vars(value).items()]
+        for path, value in records:
+            if id(value) not in seen:
+                seen.add(id(value))
+                found.append((path, value))
     return found
+
+
+def table_of(owner: Any) -> dict[str, Any]:
+    """Where an owner has its integers, by name."""
+    return owner if isinstance(owner, dict) else vars(owner)
 
 
 def _is_config(value: Any) -> bool:
@@ -117,15 +147,27 @@ def _is_config(value: Any) -> bool:
     return hasattr(value, "__dict__") and "config" in type(value).__name__.lower() and not isinstance(value, type)
 
 
+def is_record(value: Any) -> bool:
+    """A namespace, a dataclass or a dictionary of settings. It may be the caller's own: it is copied before it changes."""
+    if type(value) is dict:
+        return all(type(key) is str for key in value) and any(type(item) is int for item in value.values())
+    data = dataclasses.is_dataclass(value) and not isinstance(value, (type, nn.Module)) and hasattr(value, "__dict__")
+    return (data or isinstance(value, (argparse.Namespace, SimpleNamespace))) and not _is_config(value)
+
+
 @contextlib.contextmanager
-def remembered(model: nn.Module) -> Iterator[None]:
-    """Integers of modules and configs know where they come from; afterwards they are as they were."""
+def remembered(model: nn.Module, compared: dict[Key, tuple[int, str]]) -> Iterator[None]:
+    """Integers of modules and configs know where they come from; afterwards they are as they were. compared: to note which
+    of them were compared with other numbers, their value and the path of their owner.
+    """
     changed: list[tuple[dict[str, Any], str, Any]] = []
+    keys: set[Key] = set()
+    holders = owners(model)
     try:
-        for number, (_, owner) in enumerate(owners(model)):
-            table = vars(owner)
+        for number, (_, owner) in enumerate(holders):
+            table = table_of(owner)
             for name, value in list(table.items()):
-                if (made := _remembering(number, name, value)) is not None:
+                if (made := _remembering(number, name, value, keys)) is not None:
                     changed.append((table, name, value))
                     table[name] = made
         yield
@@ -133,20 +175,27 @@ def remembered(model: nn.Module) -> Iterator[None]:
         for table, name, value in changed:
             if isinstance(table.get(name), (Size, tuple, list)):
                 table[name] = value
+        for number, name, place in keys:
+            path, owner = holders[number]
+            value = table_of(owner).get(name)
+            if place < 0 and isinstance(value, int):
+                compared[number, name, place] = (value, path)
 
 
-def _remembering(owner: int, name: str, value: Any) -> Any:
+def _remembering(owner: int, name: str, value: Any, compared: set[Key]) -> Any:
     if name.startswith("_"):
         return None
     if type(value) is int:
-        return _attribute((owner, name, -1), value)
+        return _attribute((owner, name, -1), value, compared)
     if type(value) in (tuple, list) and value and all(type(item) is int for item in value):
-        return type(value)(_attribute((owner, name, place), item) for place, item in enumerate(value))
+        return type(value)(_attribute((owner, name, place), item, compared) for place, item in enumerate(value))
     return None
 
 
-def _attribute(key: Key, value: int) -> Size:
-    return Size(value, frozenset([key]), lambda values: values.get(key, value), key)
+def _attribute(key: Key, value: int, compared: set[Key]) -> Size:
+    made = Size(value, frozenset([key]), lambda values: values.get(key, value), key)
+    made.compared = compared
+    return made
 
 
 class Uses(TorchFunctionMode):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,10 +15,11 @@ from torch import Tensor, nn
 
 from secateur.structure.coupling import Coupling
 from secateur.structure.identities import Dim
-from secateur.structure.sizes import Values, owners, solve
+from secateur.structure.sizes import Key, Values, is_record, owners, solve, table_of
 from secateur.structure.watch import Facts, tensors_of
 
 Keep = NDArray[np.int64]
+GUESSES = 4  # at what an attribute that is only compared should be
 
 
 @dataclass
@@ -43,7 +46,28 @@ def cut_of(facts: Facts, dead: NDArray[np.bool_]) -> Cut:
             alive = alive_in(facts, dim, dead)
             if alive is not None and not alive.all():
                 kept.setdefault(name, {})[place] = np.flatnonzero(alive)
-    return Cut(kept, solve(facts.uses, lambda dim: _count(facts, dim, dead)))
+    answers = solve(facts.uses, lambda dim: _count(facts, dim, dead))
+    more = [guess | answer for guess in _compared(facts, kept) for answer in answers if guess.keys() - answer.keys()]
+    return Cut(kept, answers + more)
+
+
+def _compared(facts: Facts, kept: Mapping[str, Mapping[int, Keep]]) -> list[Values]:
+    """What attributes may become that are compared with numbers: what is left of dimensions of their size, in their owner
+    if it has any; that which is left of most of them first.
+    """
+    found: dict[Key, list[int]] = {}
+    for key, (value, path) in facts.compared.items():
+        like = [
+            (name, len(indices))
+            for name, dims in kept.items()
+            for place, indices in dims.items()
+            if (dim := facts.dims[name][place]) is not None and len(dim) == value
+        ]
+        own = [left for name, left in like if name.startswith(f"{path}.")] or [left for _, left in like]
+        if own:
+            found[key] = [left for left, _ in Counter(own).most_common(GUESSES)]
+    most = max(map(len, found.values()), default=0)
+    return [{key: sizes[min(place, len(sizes) - 1)] for key, sizes in found.items()} for place in range(most)]
 
 
 def alive_in(facts: Facts, dim: Dim, dead: NDArray[np.bool_]) -> NDArray[np.bool_] | None:
@@ -75,10 +99,21 @@ def cut_(model: nn.Module, cut: Cut, answer: int = 0) -> Callable[[], None]:
         tensor.grad = None
         _swap(tensor, data)
     holders = owners(model)
+    copies: dict[int, Any] = {}
     for (number, name, place), value in cut.attributes[answer].items():
-        undo.append(_set(vars(holders[number][1]), name, place, value))
+        owner = holders[number][1]
+        if is_record(owner) and number not in copies:
+            copies[number] = copy.copy(owner)
+            undo += _instead(model, owner, copies[number])
+        undo.append(_set(table_of(copies.get(number, owner)), name, place, value))
     undo += _mirrors(model)
     return lambda: _all(undo)
+
+
+def _instead(model: nn.Module, old: Any, new: Any) -> Iterable[Callable[[], None]]:
+    """Let modules refer to another object."""
+    tables = [(vars(module), key) for module in model.modules() for key, value in vars(module).items() if value is old]
+    return [_set(table, key, -1, new) for table, key in tables]
 
 
 def _all(undo: list[Callable[[], None]]) -> None:
@@ -108,7 +143,7 @@ def _swap(tensor: Tensor, data: Tensor) -> None:
     tensor.data = data
 
 
-def _set(table: dict[str, Any], name: str, place: int, value: int) -> Callable[[], None]:
+def _set(table: dict[str, Any], name: str, place: int, value: Any) -> Callable[[], None]:
     before = table[name]
     if place < 0:
         table[name] = value

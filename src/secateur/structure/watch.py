@@ -24,7 +24,7 @@ from secateur.structure.identities import Dim, Identities, Indices
 from secateur.structure.rules import RULES
 from secateur.structure.rules.call import Call, Dims, Seen, Work
 from secateur.structure.rules.pointwise import elementwise, unknown
-from secateur.structure.sizes import Use, Uses, remembered
+from secateur.structure.sizes import Key, Use, Uses, remembered
 
 
 @dataclass
@@ -38,6 +38,7 @@ class Facts:
     reductions: list[tuple[Dim, str]] = field(default_factory=list)  # and the module that does it
     unknown: dict[str, str] = field(default_factory=dict)  # operator -> module where it was seen first
     uses: list[Use] = field(default_factory=list)
+    compared: dict[Key, tuple[int, str]] = field(default_factory=dict)  # attributes that were: value, owner's path
     work: list[Work] = field(default_factory=list)
     operators: Counter[str] = field(default_factory=Counter)  # how often each was called
     trains: bool = False  # whether the model does something of its own in training mode
@@ -75,6 +76,10 @@ class Watch(TorchDispatchMode):
     def dims_of(self, tensor: Tensor) -> Dims:
         """The identities of a tensor's indices; of a tensor from elsewhere, nothing can be removed."""
         found = self._dims.get(id(tensor))
+        owner, when_read = getattr(tensor, "_secateur_when_read", (None, None))
+        if when_read is not None and owner is self._run:
+            for dim in when_read[0]:
+                self.facts.ids.protect(dim, when_read[1])
         if found is not None:
             self.reached.add(id(tensor))
         else:
@@ -126,8 +131,10 @@ class Watch(TorchDispatchMode):
             self.facts.unknown.setdefault(f"{func}", where)
             found = unknown(call)
         self.facts.reductions += [(dim, where) for dim in reductions if dim is not None]
-        for result, dims in zip(results, found, strict=True):
+        for place, (result, dims) in enumerate(zip(results, found, strict=True)):
             self._keep(result, dims)
+            if place in call.when_read:
+                result._secateur_when_read = (self._run, call.when_read[place])  # type: ignore[attr-defined]
 
     def _see(self, value: Any) -> Any:
         """An argument, and what is in it where it is a list: tensors as `Seen`."""
@@ -201,7 +208,7 @@ def follow(model: nn.Module, run: Callable[[], Any], also: Callable[[], Any] | N
     facts = Facts()
     watch = Watch(model, facts)
     uses = Uses(watch.dims_of, lambda: watch.where[-1] if watch.where else "", watch.groups)
-    with plainly(model), located(model, watch.where), remembered(model), uses, watch:
+    with plainly(model), located(model, watch.where), remembered(model, facts.compared), uses, watch:
         output = run()
         work, usual = list(facts.work), Counter(facts.operators)
         if also is not None:
@@ -209,7 +216,14 @@ def follow(model: nn.Module, run: Callable[[], Any], also: Callable[[], Any] | N
                 also()  # where the model itself cannot, there is nothing to follow
     facts.trains = _trains(model, run, usual)
     if facts.trains:
-        with plainly(model), located(model, watch.where), remembered(model), training(model), uses, watch:
+        with (
+            plainly(model),
+            located(model, watch.where),
+            remembered(model, facts.compared),
+            training(model),
+            uses,
+            watch,
+        ):
             run()
     facts.uses, facts.work = uses.found, work
     alone = list(_like_siblings(model, watch))

@@ -26,6 +26,7 @@ from secateur.structure.rules.norms import (
     chained,
     extreme,
     group_norm,
+    largest,
     layer_norm,
     norm,
     reduction,
@@ -130,7 +131,8 @@ RULES: dict[str, Rule] = {
     **_rows(layer_norm, "native_layer_norm _fused_rms_norm"),
     **_rows(group_norm, "native_group_norm"),
     **_rows(reduction, "sum mean var std var_mean std_mean"),
-    **_rows(extreme, "aminmax amax amin max min argmax argmin prod any all logsumexp median"),
+    **_rows(largest, "aminmax amax amin max min"),
+    **_rows(extreme, "argmax argmin prod any all logsumexp median"),
     **_rows(norm, "norm linalg_vector_norm"),
     **_rows(
         chained,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from secateur.structure.identities import Dim, Identities
@@ -51,6 +51,9 @@ class Call:
     reductions: list[Dim]  # dimensions over which a mean or a norm is taken
     sizes: dict[str, Dim]  # integers among the arguments that count the indices of a dimension
     work: list[Work]  # multiplications, as products of sizes
+    when_read: dict[int, tuple[list[Dim], str]] = field(
+        default_factory=dict
+    )  # output -> what is protected once it is read
 
     def arg(self, name: str, default: Any = None) -> Any:
         """An argument by its name in the operator's schema; the default where it was not given."""

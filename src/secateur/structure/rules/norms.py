@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from secateur.structure.rules.call import Call, Dims, plain
+from secateur.structure.rules.pointwise import elementwise
 
 
 def batch_norm(call: Call) -> list[Dims]:
@@ -55,8 +56,22 @@ def norm(call: Call) -> list[Dims]:
     return [without(source.dims, gone, shape) for shape in call.outputs]
 
 
+def largest(call: Call) -> list[Dims]:
+    """Maxima and minima: they run over what remains, and the place of one, as soon as it is read, binds all."""
+    if len(call.operands) > 1:
+        return elementwise(call)
+    source, place = call.args[0], call.arg("dim")
+    places = [place] if isinstance(place, int) else place
+    gone = range(source.ndim) if places is None or not len(places) else [place % source.ndim for place in places]
+    over = [source.dims[place] for place in gone]
+    call.reductions += over
+    if call.name in ("aten.max", "aten.min") and len(call.outputs) > 1:
+        call.when_read[1] = (over, f"the place of {call.name} is read")
+    return [without(source.dims, gone, shape) for shape in call.outputs]
+
+
 def extreme(call: Call) -> list[Dims]:
-    """Maxima, products, orders: what is removed might have been the answer."""
+    """Products, orders, places of maxima: what is removed might have been the answer."""
     source, place = call.args[0], call.arg("dim")
     places = [place] if isinstance(place, int) else place
     gone = range(source.ndim) if places is None or not len(places) else [place % source.ndim for place in places]
