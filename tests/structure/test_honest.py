@@ -85,6 +85,27 @@ def test_a_wrong_cut_shows_behind_a_gate_or_a_choice(form):
     assert re.search("of what branch.* returns", couplings.protected["branch.c.weight:1"])
 
 
+class Joined(nn.Module):
+    """A branch that treats the halves of its width by fixed numbers and hardly adds to what it is joined with."""
+
+    def __init__(self, form):
+        super().__init__()
+        self.a, self.up, self.down, self.b = nn.Linear(6, 12), nn.Linear(12, 16), nn.Linear(16, 12), nn.Linear(12, 3)
+        self.form = form
+
+    def forward(self, x):
+        y = self.a(x)
+        h = torch.relu(self.up(y))
+        return self.b(y + self.form(x) * self.down(torch.cat([h[:, :8] * 2, -h[:, 8:]], 1)))
+
+
+@pytest.mark.parametrize("form", [lambda x: 1e-9, lambda x: torch.relu(x.mean() - 9)], ids=["small", "closed"])
+def test_a_wrong_cut_shows_where_what_is_returned_gets_narrower(form):
+    """Not even by shares: a quarter of 12 and of 16, taken from both ends, leaves the halves in balance."""
+    torch.manual_seed(0)
+    assert [coupling.size for coupling in trace(Joined(form).eval(), torch.randn(4, 6))] == [12]
+
+
 class Shifted(nn.Module):
     """Reads its hidden width by fixed numbers, so that nothing of it may go."""
 

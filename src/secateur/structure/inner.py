@@ -6,14 +6,14 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from secateur.structure.watch import outputs_of
+from secateur.structure.watch import floats_of
 
 LEAST = 1e-6  # of the largest number on the way; a tensor that is smaller as a whole is compared with this
 
@@ -31,17 +31,20 @@ Sketches = Mapping[str, Sequence[Sketch]]
 
 
 @contextlib.contextmanager
-def sketched(model: nn.Module) -> Iterator[Sketches]:
-    """Name of a module -> what it returns, call by call, while the model runs."""
+def sketched(model: nn.Module, narrowed: Callable[[str, int, Tensor], Tensor] | None = None) -> Iterator[Sketches]:
+    """Name of a module -> what it returns, call by call, while the model runs. narrowed: what to look at of a tensor, given
+    the module and how many it returned before.
+    """
     names = {module: name for name, module in model.named_modules() if name}
     found: dict[str, list[Sketch]] = {}
 
     def keep(module: nn.Module, args: object, output: object) -> None:
         if module in names:
+            own = found.setdefault(names[module], [])
             with _disable_current_modes(), torch.no_grad():
-                found.setdefault(names[module], []).extend(
-                    _sketch(t) for t in outputs_of(output) if t.is_floating_point() and t.device.type != "meta"
-                )
+                for tensor in floats_of(output):
+                    if tensor.device.type != "meta":
+                        own.append(_sketch(narrowed(names[module], len(own), tensor) if narrowed else tensor))
 
     handle = torch.nn.modules.module.register_module_forward_hook(keep)
     try:
@@ -60,7 +63,7 @@ def _sketch(tensor: Tensor) -> Sketch:
 
 
 def farthest(want: Sketches, got: Sketches) -> tuple[float, str]:
-    """The largest relative difference of what keeps its shape, and the module that returns it."""
+    """The largest relative difference of what has the same shape, and the module that returns it."""
     worst, where = 0.0, ""
     floor = LEAST * max((s.largest for own in want.values() for s in own if math.isfinite(s.largest)), default=0.0)
     for name, own in want.items():

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from secateur.structure.identities import Dim
 from secateur.structure.inner import Sketches, farthest, sketched
-from secateur.structure.surgery import Cut, cut_, mask_
+from secateur.structure.surgery import Cut, alive_in, cut_, mask_, narrowed
 from secateur.structure.watch import Facts, Watch, another_run, located, outputs_of, plainly, training
 
 NORMS = frozenset({"native_layer_norm", "native_group_norm", "_fused_rms_norm"})
@@ -235,7 +235,7 @@ def check(
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     alone = Cut({name: dims for name, dims in whole.kept.items() if name in parameters}, whole.attributes)
     if not _reduces_over(facts, dead):  # then nothing has to be followed, which takes most of the time
-        apart, where = got.against(_plain_outcome(model, alone, run))
+        apart, where = got.against(_plain_outcome(model, facts, alone, run, dead))
         if apart <= SAME:
             return Checked(apart, False, answer, where)
     for cut in (alone, whole):  # constants of a channel too, where the weights behind them do not see to it
@@ -256,11 +256,27 @@ def _reduces_over(facts: Facts, dead: NDArray[np.bool_]) -> bool:
     return False
 
 
-def _plain_outcome(model: nn.Module, cut: Cut, run: Callable[[], Any]) -> Outcome:
+def _narrower(facts: Facts, dead: NDArray[np.bool_]) -> Callable[[str, int, Tensor], Tensor]:
+    """Takes what is left of the tensors that the modules of a masked model return."""
+
+    def narrow(name: str, place: int, tensor: Tensor) -> Tensor:
+        returned = facts.returned.get(name, [])
+        dims = returned[place] if place < len(returned) else None
+        if dims is None or [n for n, d in zip(tensor.shape, dims, strict=False) if d is not None and len(d) != n]:
+            return tensor
+        alive = {place: alive_in(facts, dim, dead) for place, dim in enumerate(dims)}
+        return narrowed(tensor, {p: np.flatnonzero(a) for p, a in alive.items() if a is not None and not a.all()})
+
+    return narrow
+
+
+def _plain_outcome(
+    model: nn.Module, facts: Facts, cut: Cut, run: Callable[[], Any], dead: NDArray[np.bool_]
+) -> Outcome:
     """That of the model in which the slices are zero."""
     undo = mask_(model, cut)
     try:
-        with plainly(model), sketched(model) as inner:
+        with plainly(model), sketched(model, _narrower(facts, dead)) as inner:
             return Outcome(returned(run()), inner)
     finally:
         undo()
@@ -296,7 +312,7 @@ def _masked_outcome(
     undo = mask_(model, cut)
     try:
         masked = Masked(model, facts, dead)
-        with plainly(model), located(model, masked.where), sketched(model) as inner, masked:
+        with plainly(model), located(model, masked.where), sketched(model, _narrower(facts, dead)) as inner, masked:
             output = run()
         return Outcome(returned(output), inner), masked.restricted
     finally:

@@ -187,10 +187,18 @@ class _Stage:
         return self._among(alike[:half]) + self._among(alike[half:]) or [(coupling, reason) for coupling in alike]
 
     def problem(self, found: Sequence[Coupling], shares: int | None = None) -> str | None:
-        """What is wrong when these lose a step of units each, or one of so many equal shares; None when nothing is."""
+        """What is wrong when these lose some steps of units each, or some of so many equal shares; None when nothing is.
+
+        What goes by shares is tried at one end as well: there are few, and both ends alike may leave halves in balance.
+        """
         if shares == 1:
             return "nothing can go without all of it going"
-        removed = [(coupling, ends(coupling, shares)) for coupling in found]
+        wrong = self._wrong([(coupling, ends(coupling, shares)) for coupling in found])
+        if wrong is None and (shares or any(len(set(map(len, coupling.blocks))) > 1 for coupling in found)):
+            wrong = self._wrong([(c, share(c, c.steps // shares if shares else 1)) for c in found])
+        return wrong
+
+    def _wrong(self, removed: Sequence[tuple[Coupling, Ints]]) -> str | None:
         try:
             check_removal(self._model, self._facts, removed, self._run, self._reference).within(self._tolerance)
         except (Clash, Wrong) as error:

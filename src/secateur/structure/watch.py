@@ -41,6 +41,9 @@ class Facts:
     compared: dict[Key, tuple[int, str]] = field(default_factory=dict)  # attributes that were: value, owner's path
     work: list[Work] = field(default_factory=list)
     operators: Counter[str] = field(default_factory=Counter)  # how often each was called
+    returned: dict[str, list[Dims | None]] = field(
+        default_factory=dict
+    )  # module -> of the tensors it returns, in order
     trains: bool = False  # whether the model does something of its own in training mode
     traced: Identities | None = None  # as the run left them: what further runs go on from
 
@@ -98,6 +101,11 @@ class Watch(TorchDispatchMode):
                 self.facts.ids.protect(dim, "its memory is used in a way that cannot be followed")
             return [None] * tensor.ndim
         return found
+
+    def known(self, tensor: Tensor) -> Dims | None:
+        """The same, where it can be told without touching anything."""
+        owner, found = getattr(tensor, "_secateur_dims", (None, None))
+        return self._dims.get(id(tensor), found if owner is self._run else None)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -209,7 +217,8 @@ def follow(model: nn.Module, run: Callable[[], Any], also: Callable[[], Any] | N
     watch = Watch(model, facts)
     uses = Uses(watch.dims_of, lambda: watch.where[-1] if watch.where else "", watch.groups)
     with plainly(model), located(model, watch.where), remembered(model, facts.compared), uses, watch:
-        output = run()
+        with _noting(model, watch):
+            output = run()
         work, usual = list(facts.work), Counter(facts.operators)
         if also is not None:
             with contextlib.suppress(*FAILURES):
@@ -241,6 +250,22 @@ def follow(model: nn.Module, run: Callable[[], Any], also: Callable[[], Any] | N
         for dim in watch.dims_of(tensor):
             facts.ids.protect(dim, "an output of the model")
     return facts
+
+
+@contextlib.contextmanager
+def _noting(model: nn.Module, watch: Watch) -> Iterator[None]:
+    """Keep the identities of what each module returns."""
+    names = {module: name for name, module in model.named_modules()}
+
+    def note(module: nn.Module, args: Any, output: Any) -> None:
+        if module in names:
+            watch.facts.returned.setdefault(names[module], []).extend(map(watch.known, floats_of(output)))
+
+    handle = torch.nn.modules.module.register_module_forward_hook(note)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 FAILURES = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError)
@@ -306,6 +331,11 @@ def _like_siblings(model: nn.Module, watch: Watch) -> Iterator[str]:
             continue
         for one, other in zip(facts.dims[name], facts.dims[sibling], strict=True):
             facts.ids.same(one, other)
+
+
+def floats_of(output: Any) -> Iterator[Tensor]:
+    """The floating point tensors of an output."""
+    return (tensor for tensor in outputs_of(output) if tensor.is_floating_point())
 
 
 def outputs_of(output: Any) -> Iterator[Tensor]:
