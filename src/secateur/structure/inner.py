@@ -20,7 +20,7 @@ LEAST = 1e-6  # of the largest number on the way; a tensor that is smaller as a 
 
 @dataclass(frozen=True)
 class Sketch:
-    """A tensor in short. sums: over all elements, with two sets of weights; equal where the tensors are."""
+    """A tensor in short. sums: over all elements, with two sets of weights; hardly equal where the tensors are not."""
 
     shape: tuple[int, ...]
     largest: float
@@ -35,7 +35,7 @@ def sketched(model: nn.Module, narrowed: Callable[[str, int, Tensor], Tensor] | 
     """Name of a module -> what it returns, call by call, while the model runs. narrowed: what to look at of a tensor, given
     the module and how many it returned before.
     """
-    names = {module: name for name, module in model.named_modules() if name}
+    names = {module: name for name, module in model.named_modules() if name and _tells(module)}
     found: dict[str, list[Sketch]] = {}
 
     def keep(module: nn.Module, args: object, output: object) -> None:
@@ -53,13 +53,28 @@ def sketched(model: nn.Module, narrowed: Callable[[str, int, Tensor], Tensor] | 
         handle.remove()
 
 
+def _tells(module: nn.Module) -> bool:
+    """Not an activation or a pool, nor a sequence of modules: what they return follows from what others do."""
+    return bool(module._parameters or module._modules) and not isinstance(module, nn.Sequential)
+
+
 def _sketch(tensor: Tensor) -> Sketch:
-    flat = tensor.detach().to_dense().double().flatten()
-    if not len(flat):
+    left = tensor.detach().to_dense().double()
+    if not left.numel():
         return Sketch(tuple(tensor.shape), 0.0, (0.0, 0.0))
-    places = torch.arange(len(flat), dtype=torch.float64, device=flat.device)
-    sums = tuple(float(flat @ wave) / math.sqrt(len(flat)) for wave in (torch.cos(places), torch.sin(places * 1.7)))
-    return Sketch(tuple(tensor.shape), float(flat.abs().max()), (sums[0], sums[1]))
+    largest = float(torch.linalg.vector_norm(left, math.inf))
+    left = left[None] if left.ndim == 0 else left
+    left = left @ _waves(left.shape[-1], left)
+    while left.ndim > 1:
+        left = (left * _waves(left.shape[-2], left)).sum(-2)
+    size = math.sqrt(tensor.numel())
+    return Sketch(tuple(tensor.shape), largest, (float(left[0]) / size, float(left[1]) / size))
+
+
+def _waves(count: int, like: Tensor) -> Tensor:
+    """Two weights for each index: [count, 2]."""
+    places = torch.arange(count, dtype=torch.float64, device=like.device)
+    return torch.stack([torch.cos(places), torch.sin(places * 1.7 + 1)], 1)
 
 
 def farthest(want: Sketches, got: Sketches) -> tuple[float, str]:

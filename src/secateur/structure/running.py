@@ -82,7 +82,8 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
         tables = [vars(module) for module in model.modules()]
         outer = [(table, _public(table)) for table in tables]
         inner = [(table["_buffers"], dict(table["_buffers"])) for table in tables]
-        buffers = {id(b): b for _, before in inner for b in before.values() if b is not None and not on_meta(model)}
+        known = [] if on_meta(model) else [b for _, before in inner for b in before.values()]
+        buffers = {id(b): b for b in known if b is not None}
         kept = [(buffer, buffer.detach().clone()) for buffer in buffers.values()]
         weights = [(parameter, parameter._version) for parameter in model.parameters()]
     try:
