@@ -150,6 +150,7 @@ def zoo() -> str:
         "refused": ["refused"],
         "no result": ["does not run", "error", "too long", "cannot be judged"],
         "nothing removed": ["nothing removed"],
+        "not as masked, and says so": ["not as masked, and says so"],
     }
     head = ["tool", "models", *outcomes, "stock reload", "generates", "speed-up, median", "seconds, median and most"]
     lines = [_row(head), _row(["---"] * len(head))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -161,3 +162,13 @@ def test_statements_do_not_grow_with_the_width():
         return count
 
     assert operations(64) == operations(65536)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_dimension_that_contains_itself_twice_is_protected_at_once(size):
+    """Its factors would double with every step into it."""
+    ids = Identities()
+    whole = ids.new(size * size)
+    ids.same(whole, ids.product(whole[:size], whole[-size:], (size, size)))
+    assert not ids.free(whole)
+    assert ids.why(whole) == ["a view that makes a dimension a part of itself"]

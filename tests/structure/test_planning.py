@@ -463,3 +463,41 @@ def test_sizes_that_are_only_compared_follow():
     couplings = trace(model.eval(), x)
     apply_(model, plan(couplings, remove={"units": 0.5}, multiple=1))
     assert [(m.width, m.inner) for m in (model[1], model[2])] == [(6, 9), (6, 10)]
+
+
+@pytest.mark.parametrize("member", ["sequence", "list", "dictionary"])
+def test_neurons_of_blocks_that_are_mere_containers_are_neurons(member):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            pair = [nn.Linear(12, 40), nn.Linear(40, 12)]
+            make = {
+                "sequence": lambda a, b: nn.Sequential(a, nn.ReLU(), b),
+                "list": lambda a, b: nn.ModuleList([nn.LayerNorm(12), nn.Sequential(a, nn.ReLU(), b)]),
+                "dictionary": lambda a, b: nn.ModuleDict({"up": a, "down": b}),
+            }[member]
+            self.enter, self.leave = nn.Linear(8, 12), nn.Linear(12, 3)
+            self.blocks = nn.ModuleList(make(*copy.deepcopy(pair)) for _ in range(3))
+
+        def forward(self, x):
+            x = self.enter(x)
+            for block in self.blocks:
+                if member == "sequence":
+                    x = x + block(x)
+                elif member == "list":
+                    x = x + block[1](block[0](x))
+                else:
+                    x = x + block["down"](block["up"](x).relu())
+            return self.leave(x)
+
+    kinds = [(c.kind, c.size) for c in trace(Net().eval(), torch.randn(4, 8))]
+    assert sorted(kinds) == [("ffn", 40)] * 3 + [("hidden", 12)]
+
+
+def test_a_share_that_is_asked_for_goes_whatever_a_target_would_leave():
+    found = plan(made("u net"), remove={"channels": 0.95}, multiple=1)
+    assert all(
+        len(np.concatenate([np.arange(a, b) for a, b in r.kept])) == 1
+        for r in found.removals
+        if not r.why and r.size == 16
+    )

@@ -163,3 +163,11 @@ def test_a_rule_that_meets_the_unexpected_protects(monkeypatch):
     found = trace(TwoLayers(nn.Sigmoid()), X)
     assert "sigmoid: no rule" in found.protected["a.weight:0"]
     assert "aten.sigmoid.default" in found.facts.unknown
+
+
+def test_weights_that_are_no_numbers_are_said():
+    model = TwoLayers(nn.ReLU())
+    with torch.no_grad():
+        model.b.weight[1, 2] = torch.nan
+    with pytest.raises(SecateurError, match=r"b\.weight has values that are NaN or infinite"):
+        trace(model, X)

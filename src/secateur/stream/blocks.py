@@ -19,21 +19,25 @@ def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
     each with two matrices or more; where a member is itself a mere container, its own members. An encoder-decoder has two
     such lists, a vision-language model often too.
     """
+    return {path: block for name, member in find_members(model).items() for path, block in _callable(name, member)}
+
+
+def find_members(model: nn.Module) -> dict[str, nn.Module]:
+    """The same, with members that are containers as they are."""
     whole = _size(model, embeddings=False)
-    found: dict[str, nn.Module] = {}
-    _search(model, "", whole, found)
-    held = sum(_size(block, embeddings=False) for block in found.values())
+    found = {path: member for path, member in _search(model, "", whole) if _size(member)}
+    held = sum(_size(member, embeddings=False) for member in found.values())
     return found if held >= LEAST_TOTAL * whole else {}
 
 
-def _search(module: nn.Module, prefix: str, whole: int, found: dict[str, nn.Module]) -> None:
+def _search(module: nn.Module, prefix: str, whole: int) -> Iterator[tuple[str, nn.Module]]:
     for name, child in module.named_children():
         path = f"{prefix}{name}"
         if isinstance(child, (nn.ModuleList, nn.Sequential)) and _repeats(child, whole):
-            for key, block in child.named_children():
-                found.update(_callable(f"{path}.{key}", block))
+            for key, member in child.named_children():
+                yield f"{path}.{key}", member
         else:
-            _search(child, f"{path}.", whole, found)
+            yield from _search(child, f"{path}.", whole)
 
 
 def _callable(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:

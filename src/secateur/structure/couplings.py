@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from secateur.errors import SecateurError
-from secateur.stream.blocks import find_blocks
+from secateur.stream.blocks import find_members
 from secateur.structure.attention import replace_
 from secateur.structure.coupling import Coupling
 from secateur.structure.kinds import named
@@ -65,7 +65,7 @@ def trace(model: nn.Module, example_inputs: Inputs) -> Couplings:
             with explained(model, example_inputs):
                 facts = follow(model, run, writing(model, example_inputs))
             parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-            found = named(rehearsed(model, facts, parameters, run), tensors_of(model), list(find_blocks(model)))
+            found = named(rehearsed(model, facts, parameters, run), tensors_of(model), list(find_members(model)))
             return Couplings(model, found, _protected(model, facts), facts, example_inputs)
         finally:
             undo()
@@ -83,6 +83,14 @@ def check_traceable(model: nn.Module) -> None:
         raise SecateurError(f"{type(model).__name__} has no parameters: nothing can be removed")
     if on_meta(model) and any(buffer.device.type != "meta" for buffer in model.buffers()):
         raise SecateurError("parameters are on the meta device and buffers are not: move all of it, model.to('meta')")
+    for name, parameter in model.named_parameters():
+        if parameter.device.type != "meta" and parameter.is_floating_point() and not _finite(parameter):
+            raise SecateurError(f"{name} has values that are NaN or infinite: nothing could be proven of such a model")
+
+
+def _finite(parameter: Tensor) -> bool:
+    """Of a dense tensor; one of another layout is not asked."""
+    return parameter.layout != torch.strided or bool(torch.isfinite(parameter.detach()).all())
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 Indices = NDArray[np.int64]
 Dim = Indices | None
 DEPTH = 24  # of products in products; deeper is a product that contains itself
+MOST = 64  # factors of an index; one with more contains itself twice
 
 
 class Identities:
@@ -271,6 +272,8 @@ class Identities:
         for _ in range(DEPTH):
             if not todo:
                 return found
+            if len(todo) > MOST:
+                break
             later = []
             for column in todo:
                 there = column >= 0

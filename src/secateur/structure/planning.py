@@ -68,7 +68,8 @@ def plan(
     criterion, batches, loss, reduce: see `importance`; or scores of your own, coupling -> [units].
     allocation: of a target: the same share from every coupling ("uniform") or the least important units of all ("global").
     include, protect: kinds or globs that a target takes from, or that nothing is taken from.
-    multiple: widths are rounded to it (by default 64, 8 for channels, less for narrow ones). least: share that stays.
+    multiple: widths are rounded to it (by default 64, 8 for channels, less for narrow ones). least: share that a
+    target leaves of every coupling.
     steps: repeat the choice on the masked model, a part of the way each time, so that scores follow what is gone.
 
     Raises SecateurError before anything is computed where the request makes no sense, and when the target is out of reach
@@ -99,7 +100,9 @@ def plan(
     costs = Costs(couplings)
     for step in range(1, steps + 1):
         found = scores or _scores(couplings, removed, criterion, batches, loss, reduce, seed)
-        able = candidates(couplings, _gone_first(couplings, found, removed), chosen, multiple, least)
+        able = candidates(
+            couplings, _gone_first(couplings, found, removed), chosen, multiple, 0.0 if target is None else least
+        )
         if remove is not None:
             removed = by_ratio(able, {key: _part(value, step, steps) for key, value in remove.items()})
         else:
