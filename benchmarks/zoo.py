@@ -444,9 +444,9 @@ def _with(name: str, tool: str) -> dict[str, Any]:
         found["verdict"] = "not as masked, and says so"
     if found["verdict"] == "exact":
         found["speed-up"] = _speed_up(original, model, inputs)
-        written = cached(model, inputs)  # None where the original does not write
-        if written is not None:
-            found["generates"] = written.alike
+        before, after = cached(original, inputs), cached(model, inputs)
+        if before is not None and before.alike:  # elsewhere it would mean nothing
+            found["generates"] = after is not None and after.alike
         if plans is not None:
             found |= _ours(model, plans, config, inputs)
             found["alone"] = dict(_alone(original, parts, config, inputs))

@@ -32,7 +32,7 @@ def named(found: Sequence[Coupling], tensors: Mapping[str, Tensor], blocks: Coll
     for coupling in found:
         starts = dict.fromkeys(part.start for part in coupling.slices)  # of several that are tied in number
         kinds = [_kind([p for p in coupling.slices if p.start == start], tensors, blocks) for start in starts]
-        kind = "hidden" if "hidden" in kinds else kinds[0]
+        kind = next((kind for kind in ("hidden", "head_dim") if kind in kinds), kinds[0])
         name = base = f"{_home(coupling)}:{kind}".lstrip(":")
         number = 2
         while name in given:
@@ -56,8 +56,8 @@ def _kind(first: Sequence[Slice], tensors: Mapping[str, Tensor], blocks: Collect
     convolves = any(tensor.ndim > 3 for _, tensor in weights)
     if any(shape == "run" for shape in shapes) and not _flattened(first, tensors):
         return "groups" if all(t.ndim > 2 for _, t in weights) else "heads"
-    if shapes and all(shape == "runs" for shape in shapes):
-        return "queries"
+    if shapes and all(shape == "runs" for shape in shapes) and len({part.dim for part, _ in weights}) > 1:
+        return "queries"  # from rows of one matrix to columns of another; pairs of entries of heads are rows alone
     if shapes and all(shape in ("scattered", "runs") for shape in shapes) and not convolves:
         return "head_dim"
     if len(touched) > 1 and blocks:
