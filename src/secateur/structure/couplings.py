@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -90,7 +91,9 @@ def check_traceable(model: nn.Module) -> None:
 
 def _finite(parameter: Tensor) -> bool:
     """Of a dense tensor; one of another layout is not asked."""
-    return parameter.layout != torch.strided or bool(torch.isfinite(parameter.detach()).all())
+    if parameter.layout != torch.strided or not parameter.numel():
+        return True
+    return math.isfinite(float(torch.linalg.vector_norm(parameter.detach(), math.inf)))
 
 
 @contextlib.contextmanager

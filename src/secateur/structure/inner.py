@@ -5,6 +5,7 @@ inputs, or where the output is a choice that stays the same.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -64,16 +65,17 @@ def _sketch(tensor: Tensor) -> Sketch:
         return Sketch(tuple(tensor.shape), 0.0, (0.0, 0.0))
     largest = float(torch.linalg.vector_norm(left, math.inf))
     left = left[None] if left.ndim == 0 else left
-    left = left @ _waves(left.shape[-1], left)
+    left = left @ _waves(left.shape[-1], left.device)
     while left.ndim > 1:
-        left = (left * _waves(left.shape[-2], left)).sum(-2)
+        left = (left * _waves(left.shape[-2], left.device)).sum(-2)
     size = math.sqrt(tensor.numel())
     return Sketch(tuple(tensor.shape), largest, (float(left[0]) / size, float(left[1]) / size))
 
 
-def _waves(count: int, like: Tensor) -> Tensor:
+@functools.lru_cache(64)
+def _waves(count: int, device: torch.device) -> Tensor:
     """Two weights for each index: [count, 2]."""
-    places = torch.arange(count, dtype=torch.float64, device=like.device)
+    places = torch.arange(count, dtype=torch.float64, device=device)
     return torch.stack([torch.cos(places), torch.sin(places * 1.7 + 1)], 1)
 
 

@@ -258,14 +258,21 @@ def _reduces_over(facts: Facts, dead: NDArray[np.bool_]) -> bool:
 
 def _narrower(facts: Facts, dead: NDArray[np.bool_]) -> Callable[[str, int, Tensor], Tensor]:
     """Takes what is left of the tensors that the modules of a masked model return."""
+    known: dict[int, np.ndarray | None] = {}
+
+    def kept(dim: Dim) -> np.ndarray | None:
+        if id(dim) not in known:
+            alive = alive_in(facts, dim, dead)
+            known[id(dim)] = None if alive is None or alive.all() else np.flatnonzero(alive)
+        return known[id(dim)]
 
     def narrow(name: str, place: int, tensor: Tensor) -> Tensor:
         returned = facts.returned.get(name, [])
         dims = returned[place] if place < len(returned) else None
         if dims is None or [n for n, d in zip(tensor.shape, dims, strict=False) if d is not None and len(d) != n]:
             return tensor
-        alive = {place: alive_in(facts, dim, dead) for place, dim in enumerate(dims)}
-        return narrowed(tensor, {p: np.flatnonzero(a) for p, a in alive.items() if a is not None and not a.all()})
+        left = {place: kept(dim) for place, dim in enumerate(dims)}
+        return narrowed(tensor, {place: indices for place, indices in left.items() if indices is not None})
 
     return narrow
 

@@ -107,10 +107,15 @@ class _Stage:
         return failed
 
     def inseparable(self, found: Sequence[Coupling]) -> list[Coupling]:
-        """Couplings that pass together but not alone, such as heads that one number counts in every layer."""
+        """Couplings that pass together but not alone, such as heads that one number counts in every layer.
+
+        The first ones of every kind are tried together, and alone where that fails.
+        """
         first: dict[object, Coupling] = {}
         for coupling in found:
             first.setdefault(_likeness(coupling), coupling)
+        if len(first) < len(found) and self.problem(list(first.values())) is None:
+            return []
         for coupling in first.values():
             others = [other for other in found if other is not coupling]
             if others and (partners := self._partners([coupling], others)):
