@@ -882,3 +882,116 @@ def channel_that_is_largest():
             return self.head(self.table(place) * size[:, None])
 
     return Net(), rows()
+
+
+@net
+def table_of_places():
+    """Longer than the inputs: its last rows are not used on these, and have to stay for others."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.places, self.row = nn.Parameter(torch.randn(1, 20, 12)), nn.Parameter(torch.randn(15, 12))
+            self.enter, self.leave = nn.Linear(16, 12), nn.Linear(12, 4)
+
+        def forward(self, x):
+            length = x.shape[1]
+            x = self.enter(x) + self.places[:, :length].to(x.dtype)
+            return self.leave(x * torch.split(self.row.clone(), [length, 15 - length])[0])
+
+    return Net(), tokens()
+
+
+@net
+def scale_of_the_queries():
+    """All three in one matrix; the scale is read off the size of a head, so that only whole heads may go."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.heads, self.together, self.out = 4, nn.Linear(16, 60), nn.Linear(20, 3)
+
+        def forward(self, x):
+            q, k, v = self.together(x).view(*x.shape[:2], 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+            scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
+            return self.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+    return Net(), tokens()
+
+
+@net
+def biases_put_together():
+    """As BEiT: keys have no bias, and the three parts are concatenated in forward."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.heads, self.scale = 4, 0.5
+            self.weight, self.out = nn.Linear(16, 60, bias=False), nn.Linear(20, 3)
+            self.q_bias, self.v_bias = nn.Parameter(torch.randn(20)), nn.Parameter(torch.randn(20))
+
+        def forward(self, x):
+            bias = torch.cat((self.q_bias, torch.zeros_like(self.v_bias, requires_grad=False), self.v_bias))
+            parts = F.linear(x, self.weight.weight, bias).reshape(*x.shape[:2], 3, self.heads, -1)
+            q, k, v = parts.permute(2, 0, 3, 1, 4)
+            scores = (q * self.scale) @ k.transpose(-1, -2)
+            return self.out((scores.softmax(-1) @ v).transpose(1, 2).reshape(*x.shape[:2], -1))
+
+    return Net(), tokens()
+
+
+@net
+def heads_that_norms_run_over():
+    """A GroupNorm whose groups are the heads: whole ones may go."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.heads, self.norm = 3, nn.GroupNorm(3, 15)
+            self.read, self.write, self.out = nn.Linear(16, 15), nn.Linear(16, 15), nn.Linear(15, 4)
+
+        def forward(self, x):
+            batch, length, _ = x.shape
+            r, w = (m(x).view(batch, length, self.heads, -1) for m in (self.read, self.write))
+            mixed = (r * w.cumsum(1)).reshape(batch * length, -1)
+            return self.out(self.norm(mixed).view(batch, length, -1))
+
+    return Net(), tokens()
+
+
+@net
+def attention_with_tokens_of_its_own():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.enter, self.leave = nn.Linear(16, 12), nn.Linear(12, 4)
+            self.attention = nn.MultiheadAttention(12, 4, batch_first=True, add_bias_kv=True, add_zero_attn=True)
+
+        def forward(self, x):
+            x = self.enter(x)
+            return self.leave(x + self.attention(x, x, x)[0])
+
+    return Net(), tokens()
+
+
+@net
+def sampled_by_heads():
+    """Deformable attention: heads are among the batch where they are sampled."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.heads = 4
+            self.shift, self.weigh, self.value = nn.Linear(16, 16), nn.Linear(16, 8), nn.Conv2d(3, 12, 1)
+            self.out = nn.Linear(12, 5)
+
+        def forward(self, x, image):
+            batch, length, _ = x.shape
+            value = self.value(image).reshape(batch * self.heads, -1, *image.shape[2:])
+            places = self.shift(x).tanh().view(batch, length, self.heads, 2, 2).transpose(1, 2).flatten(0, 1)
+            seen = F.grid_sample(value, places, align_corners=False)  # [batch heads, size, length, 2]
+            weights = self.weigh(x).view(batch, length, self.heads, 2).transpose(1, 2).flatten(0, 1)
+            mixed = (seen * weights.softmax(-1)[:, None]).sum(-1)
+            return self.out(mixed.view(batch, self.heads, -1, length).flatten(1, 2).transpose(1, 2))
+
+    return Net(), (tokens(), image())

@@ -27,6 +27,7 @@ REFUSED = {  # what must not be offered for removal, and a word of the reason
     "weight normalization": {"0.parametrizations.weight.original1:1": "remove_parametrizations"},
     "tied weights": {"table.weight:0": "looked up"},
     "channel that is largest": {"a.weight:0": "place of aten.max is read"},
+    "table of places": {"places:1": "not used on these inputs", "row:0": "not used on these inputs"},
 }
 EXPECTED = {  # kinds of structure, with sizes, that have to be found
     "attention by attributes": {("heads", 4)},
@@ -38,6 +39,11 @@ EXPECTED = {  # kinds of structure, with sizes, that have to be found
     "lstm": {("units", 12), ("units", 20)},
     "linear into feature maps": {("channels", 12), ("channels", 8)},
     "pixel shuffle": {("channels", 8), ("channels", 6)},
+    "heads that norms run over": {("heads", 3)},
+    "biases put together": {("heads", 4)},
+    "attention with tokens of its own": {("heads", 4)},
+    "scale of the queries": {("heads", 4)},
+    "sampled by heads": {("heads", 4)},
     "attention by maxima": {("channels", 16), ("channels", 12), ("units", 6)},
     "encoder and decoder": {("heads", 4), ("units", 16), ("units", 24)},
     "sizes in records": {("heads", 4), ("head_dim", 5), ("units", 16)},
@@ -196,9 +202,10 @@ def test_the_same_names_as_before():
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("masks", ["none", "causal", "padding", "per head"])
 @pytest.mark.parametrize("need_weights", [True, False])
-def test_split_attention_is_torchs_attention(batch_first, masks, need_weights):
+@pytest.mark.parametrize("more", [{}, {"add_bias_kv": True}, {"add_zero_attn": True, "add_bias_kv": True}])
+def test_split_attention_is_torchs_attention(batch_first, masks, need_weights, more):
     torch.manual_seed(0)
-    attention = torch.nn.MultiheadAttention(12, 3, batch_first=batch_first).eval().double()
+    attention = torch.nn.MultiheadAttention(12, 3, batch_first=batch_first, **more).eval().double()
     x = torch.randn(2, 5, 12, dtype=torch.float64)
     x = x if batch_first else x.transpose(0, 1)
     options = {"need_weights": need_weights}

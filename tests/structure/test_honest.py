@@ -318,3 +318,160 @@ def test_weights_that_a_forward_changes_for_good_are_changed_once():
     trace(model, x)
     assert model.done
     torch.testing.assert_close(model.a.weight.detach(), weight / 2)
+
+
+class Remembers(nn.Module):
+    """Keeps settings in a dictionary that its forward fills."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen, self.settings = {}, {"heads": 4}
+        self.a, self.b = nn.Linear(6, 12), nn.Linear(12, 3)
+
+    def forward(self, x):
+        self.seen["length"] = x.shape[0]
+        y = self.a(x)
+        return self.b(y.view(len(x), self.settings["heads"], -1).relu().flatten(1))
+
+
+def test_a_dictionary_that_a_forward_fills_is_no_other_record():
+    model = Remembers().eval()
+    x = torch.randn(5, 6)
+    apply_(model, plan(trace(model, x), remove={"heads": 0.5}, multiple=1), x)
+    assert model.settings == {"heads": 2}
+    assert model(x).shape == (5, 3)
+
+
+class Length(nn.Module):
+    """Compares the length with a number that the width happens to have, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.width, self.length = 12, 12
+        self.enter, self.up, self.down = nn.Linear(5, 12), nn.Linear(12, 20), nn.Linear(20, 12)
+
+    def forward(self, x):
+        x = self.enter(x)
+        assert x.shape[-1] == self.width
+        if x.shape[1] != self.length:
+            x = x.flip(1)
+        return self.down(self.up(x).relu()).sum(-1)
+
+
+def test_a_number_that_was_never_equal_to_a_size_does_not_follow_it():
+    model, x = Length().eval(), torch.randn(2, 7, 5)
+    before = model.length
+    apply_(model, plan(trace(model, x), remove={"enter:units": 0.5}, multiple=1), x)
+    assert (model.width, model.length) == (6, before)
+
+
+class Picks(nn.Module):
+    """Reads the place of a maximum as a number of Python."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.table, self.b = nn.Linear(6, 12), nn.Parameter(torch.randn(12, 5)), nn.Linear(5, 3)
+
+    def forward(self, x):
+        largest, place = self.a(x).mean(0).max(0)
+        return self.b(self.table[place.item()] * largest)
+
+
+def test_the_place_of_a_maximum_that_python_reads_binds_the_channels():
+    protected = trace(Picks().eval(), torch.randn(4, 6)).protected
+    assert "place of aten.max is read" in protected["a.weight:0"]
+
+
+class Aside(nn.Module):
+    """A part returns noise that the output does not have."""
+
+    def __init__(self):
+        super().__init__()
+        self.part, self.out = Noise(), nn.Linear(9, 3)
+
+    def forward(self, x):
+        return self.out(self.part(x)[0])
+
+
+class Noise(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mean = nn.Linear(6, 9)
+
+    def forward(self, x):
+        mean = self.mean(x)
+        return mean, mean + torch.randn_like(mean)
+
+
+def test_noise_of_another_shape_is_no_wrong_cut():
+    assert [c.size for c in trace(Aside().eval(), torch.randn(4, 6))] == [9]
+
+
+class Follows(nn.Module):
+    """Has a target that follows its weights in training, within forward."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.online, self.target = (nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 4)) for _ in range(2))
+        self.how = how
+
+    def forward(self, x):
+        if self.training:
+            with torch.no_grad():
+                for slow, fast in zip(self.target.parameters(), self.online.parameters(), strict=True):
+                    self.how(slow, fast)
+        return self.online(x) + self.target(x)
+
+
+def replace_data(slow, fast):
+    slow.data = 0.9 * slow.data + 0.1 * fast.data
+
+
+@pytest.mark.parametrize(
+    "how",
+    [lambda s, f: s.lerp_(f, 0.1), lambda s, f: s.data.mul_(0.9).add_(0.1 * f), replace_data],
+    ids=["lerp", "data in place", "data"],
+)
+def test_weights_that_training_changes_are_left_as_they_were(how):
+    model = Follows(how).eval()
+    before = copy.deepcopy(model.state_dict())
+    storages = [p.data_ptr() for p in model.parameters()]
+    assert len(trace(model, torch.randn(4, 6))) > 0
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert storages == [p.data_ptr() for p in model.parameters()]
+
+
+class Auxiliary(nn.Module):
+    """Returns a loss beside its numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(6, 8)
+
+    def forward(self, x):
+        return self.a(x), torch.tensor(0.0)
+
+
+def test_a_number_made_in_a_module_is_nothing_to_compare_on_the_meta_device():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.b = Auxiliary(), nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.b(self.inner(x)[0])
+
+    assert [c.size for c in trace(Net().to("meta"), torch.randn(4, 6))] == [8]
+
+
+def test_weights_of_eight_bits_that_a_forward_casts():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.enter, self.leave = nn.Linear(6, 8), nn.Linear(10, 3)
+            self.small = nn.Parameter(torch.randn(10, 8).to(torch.float8_e4m3fn), False)
+
+        def forward(self, x):
+            return self.leave(torch.relu(self.enter(x) @ self.small.to(x.dtype).T))
+
+    assert isinstance(trace(Net().eval(), torch.randn(4, 6)).protected, dict)

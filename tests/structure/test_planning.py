@@ -501,3 +501,13 @@ def test_a_share_that_is_asked_for_goes_whatever_a_target_would_leave():
         for r in found.removals
         if not r.why and r.size == 16
     )
+
+
+def test_entries_of_heads_that_rotate_in_pairs_are_no_queries():
+    """Cohere turns neighbors together: a unit is two rows of every head of queries and keys."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = transformers.CohereConfig(**sizes, num_hidden_layers=2, vocab_size=64, pad_token_id=0, use_cache=False)
+    model = transformers.CohereForCausalLM(config).eval()
+    found = {(c.kind, max(map(len, c.blocks))) for c in trace(model, {"input_ids": torch.arange(14).reshape(2, 7)})}
+    assert found == {("hidden", 32), ("heads", 2), ("queries", 2), ("head_dim", 8), ("ffn", 48)}

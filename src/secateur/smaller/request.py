@@ -63,8 +63,9 @@ class Smaller(Part):
             raise ValueError(f"unknown budget {unknown[0]!r}; known: {', '.join(COSTS)}")
         if self.criterion is not None and self.criterion not in CRITERIA:
             raise ValueError(f"unknown criterion {self.criterion!r}; known for structure: {', '.join(CRITERIA)}")
-        if beside := sorted({"allocation", "include", "least"} & self.model_fields_set) if self.remove else []:
-            raise ValueError(f"{beside[0]} is for a target: remove says itself how much goes, and of what")
+        beside = {"allocation": self.allocation != "uniform", "include": self.include, "least": self.least != LEAST}
+        if self.remove and (said := [name for name, value in beside.items() if value]):
+            raise ValueError(f"{said[0]} is for a target: remove says itself how much goes, and of what")
         if self.contiguous and "layers" not in (self.remove or {}):
             raise ValueError("contiguous is for whole blocks that go: remove layers")
         if self.allocation not in ALLOCATIONS:

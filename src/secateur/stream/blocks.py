@@ -23,7 +23,7 @@ def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def find_members(model: nn.Module) -> dict[str, nn.Module]:
-    """The same, with members that are containers as they are."""
+    """Name -> member of the lists of blocks, whole: one layer of the model each, even where it is a mere container."""
     whole = _size(model, embeddings=False)
     found = {path: member for path, member in _search(model, "", whole) if _size(member)}
     held = sum(_size(member, embeddings=False) for member in found.values())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -38,6 +39,9 @@ class SplitAttention(nn.MultiheadAttention):
             query, key, value = (x.transpose(0, 1) for x in (query, key, value))
         q, k, v = self._projected(query, key, value)
         mask = self._mask(q, k, attn_mask, key_padding_mask)
+        tokens = k.shape[2]
+        k, v = self._longer(k, self.bias_k, self.head_size), self._longer(v, self.bias_v, self.value_size)
+        mask = None if mask is None else F.pad(mask, (0, k.shape[2] - tokens))
         scale = self.scale
         if need_weights:
             scores = (q * scale) @ k.transpose(-2, -1)  # [batch, heads, queries, keys]
@@ -68,6 +72,15 @@ class SplitAttention(nn.MultiheadAttention):
             for x, w, b, size in zip((query, key, value), matrices, biases, each, strict=True)
         ]
 
+    def _longer(self, x: Tensor, bias: Tensor | None, size: int) -> Tensor:
+        """Keys or values with a learned one behind them, and one of zeros, where the module has them."""
+        if bias is not None:
+            own = bias.unflatten(-1, (self.num_heads, size)).transpose(1, 2)
+            x = torch.cat([x, own.expand(len(x), -1, -1, -1)], 2)
+        if self.add_zero_attn:
+            x = torch.cat([x, torch.zeros_like(x[:, :, :1])], 2)
+        return x
+
     def _mask(self, q: Tensor, k: Tensor, attn_mask: Tensor | None, padding: Tensor | None) -> Tensor | None:
         """Both masks as one that is added to the scores: [batch, heads or 1, queries, keys]."""
         mask = None
@@ -90,8 +103,7 @@ def replace_(model: nn.Module) -> Callable[[], None]:
     """Let all of torch's own multi-head attention in a model be of this class. Returns what undoes it."""
     changed = []
     for module in model.modules():
-        plain = type(module) is nn.MultiheadAttention and module.bias_k is None and not module.add_zero_attn
-        if isinstance(module, nn.MultiheadAttention) and plain:
+        if type(module) is nn.MultiheadAttention:
             changed.append((module, module._qkv_same_embed_dim))
             module.__class__ = SplitAttention
             module.head_size = module.value_size = module.head_dim  # type: ignore[assignment]

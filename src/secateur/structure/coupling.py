@@ -50,7 +50,7 @@ class Coupling:
     """Units that can be removed, each with all of its slices.
 
     blocks: from each the same share of units has to go (the groups of a GroupNorm, the halves of a chunk); one block
-    where any units may go. exact: no mean or norm runs over the units, so that removing equals zeroing.
+    where any units may go. exact: no norm, mean or maximum runs over the units, so that removing equals zeroing.
     """
 
     name: str
@@ -137,7 +137,7 @@ def _columns(facts: Facts) -> Iterator[tuple[str, int, Indices]]:
 
 
 def _constraints(facts: Facts) -> Iterator[list[Dim]]:
-    """Dimensions that have to keep the same size: equal parts, and what one attribute counts."""
+    """Dimensions of which the same share has to stay: equal parts, and what one attribute counts."""
     yield from facts.equal_parts
     counted: dict[object, list[Dim]] = {}
     for use in facts.uses:
@@ -158,7 +158,7 @@ class _Links:
         self.labels: list[Ints] = [np.zeros(len(member), np.int64) for member in layout.members]
 
     def balance(self, facts: Facts, parts: Sequence[Dim]) -> bool:
-        """Whether equally many indices of each part can be kept. Otherwise what stands in the way gets protected."""
+        """Whether the same share of each part can be kept. Otherwise what stands in the way gets protected."""
         columns = [[] if part is None else facts.ids.factors(part) for part in parts]
         owners = [[self._owner(column) for column in part] for part in columns]
         touched = sorted({int(number) for part in owners for one in part for number in np.unique(one) if number >= 0})
@@ -224,7 +224,7 @@ def _couplings(facts: Facts, layout: _Layout, links: _Links) -> list[Coupling]:
 
 
 def _reduced(facts: Facts) -> NDArray[np.bool_]:
-    """Which identities a mean or a norm runs over."""
+    """Which identities a norm, a mean or a maximum runs over."""
     reduced = np.zeros(facts.ids.count, bool)
     for dim, _ in facts.reductions:
         for column in [] if dim is None else facts.ids.factors(dim):

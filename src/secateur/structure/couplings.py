@@ -90,8 +90,8 @@ def check_traceable(model: nn.Module) -> None:
 
 
 def _finite(parameter: Tensor) -> bool:
-    """Of a dense tensor; one of another layout is not asked."""
-    if parameter.layout != torch.strided or not parameter.numel():
+    """Of a dense tensor; one of another layout, or of a type that torch cannot compute in, is not asked."""
+    if parameter.layout != torch.strided or not parameter.numel() or parameter.element_size() < 2:
         return True
     return math.isfinite(float(torch.linalg.vector_norm(parameter.detach(), math.inf)))
 

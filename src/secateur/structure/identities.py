@@ -106,6 +106,10 @@ class Identities:
         self.protect(whole, "a view that cuts across repeated channels")
         return None, None
 
+    def grid(self, dim: Indices, inner: int) -> tuple[Indices, Indices] | None:
+        """The two factors of a dimension that was made of them, [len / inner] and [inner]; None for another one."""
+        return self._as_grid(self._essence(dim), inner)
+
     def _as_grid(self, roots: Indices, inner: int | None = None) -> tuple[Indices, Indices] | None:
         """(rows, columns) where the indices are all products of a row and a column, in order."""
         if (self._left[roots] < 0).any():
@@ -264,29 +268,28 @@ class Identities:
         return bool((self._why[self.find(dim)] > 0).all())
 
     def factors(self, dim: Indices, protected: bool = False) -> list[Indices]:
-        """The free factors of each index, as columns of roots; -1 where an index has no more of them.
+        """The free factors of each index, the outer ones first, as columns of roots; -1 where an index has no more of them.
 
         protected: those that are not free as well.
         """
-        todo, found = [self.find(dim)], []
+        todo, found = [(self.find(dim), False)], []
         for _ in range(DEPTH):
-            if not todo:
-                return found
+            if all(settled for _, settled in todo):
+                return [column for column, _ in todo]
             if len(todo) > MOST:
                 break
-            later = []
-            for column in todo:
+            found, todo = todo, []
+            for column, settled in found:
                 there = column >= 0
                 free = there if protected else there & (self._why[column] == 0)
                 product = free & (self._left[column] >= 0)
-                if not product.any():
-                    found.append(np.where(free, column, -1))
+                if settled or not product.any():
+                    todo.append((column if settled else np.where(free, column, -1), True))
                     continue
                 safe = np.where(product, column, 0)
-                later.append(np.where(product, self._safe_find(self._left[safe]), column))
-                later.append(np.where(product, self._safe_find(self._right[safe]), -1))
-            todo = later
-        for column in todo:
+                todo.append((np.where(product, self._safe_find(self._left[safe]), column), False))
+                todo.append((np.where(product, self._safe_find(self._right[safe]), -1), False))
+        for column, _ in todo:
             self.protect(column[column >= 0], "a view that makes a dimension a part of itself")
         return self.factors(dim)
 

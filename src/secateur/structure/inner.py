@@ -12,20 +12,28 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from secateur.structure.watch import floats_of
 
-LEAST = 1e-6  # of the largest number on the way; a tensor that is smaller as a whole is compared with this
+LEAST, ROUNDING = (
+    1e-6,
+    1e5,
+)  # of the largest number on the way, or so many roundings of it: what smaller tensors count as
+UNDRAWN = torch.Generator().manual_seed(0).get_state()  # of the random numbers, as every run starts
 
 
 @dataclass(frozen=True)
 class Sketch:
-    """A tensor in short. sums: over all elements, with two sets of weights; hardly equal where the tensors are not."""
+    """A tensor in short. sums: over all elements, with two sets of weights, divided by the root of their number; hardly
+    equal where the tensors are not. rounding: of its numbers, relative.
+    """
 
     shape: tuple[int, ...]
     largest: float
     sums: tuple[float, float]
+    rounding: float
 
 
 Sketches = Mapping[str, Sequence[Sketch]]
@@ -33,18 +41,20 @@ Sketches = Mapping[str, Sequence[Sketch]]
 
 @contextlib.contextmanager
 def sketched(model: nn.Module, narrowed: Callable[[str, int, Tensor], Tensor] | None = None) -> Iterator[Sketches]:
-    """Name of a module -> what it returns, call by call, while the model runs. narrowed: what to look at of a tensor, given
-    the module and how many it returned before.
+    """Name of a module -> what it returns, call by call, while the model runs and until it draws a random number: noise of
+    another shape is other noise. narrowed: what to look at of a tensor, given the module and how many it returned before.
     """
     names = {module: name for name, module in model.named_modules() if name and _tells(module)}
     found: dict[str, list[Sketch]] = {}
 
     def keep(module: nn.Module, args: object, output: object) -> None:
-        if module in names:
-            own = found.setdefault(names[module], [])
-            with _disable_current_modes(), torch.no_grad():
+        if module not in names:
+            return
+        with _disable_current_modes(), torch.no_grad():
+            if torch.equal(torch.get_rng_state(), UNDRAWN):
+                own = found.setdefault(names[module], [])
                 for tensor in floats_of(output):
-                    if tensor.device.type != "meta":
+                    if tensor.device.type != "meta" and not isinstance(tensor, FakeTensor):
                         own.append(_sketch(narrowed(names[module], len(own), tensor) if narrowed else tensor))
 
     handle = torch.nn.modules.module.register_module_forward_hook(keep)
@@ -60,16 +70,16 @@ def _tells(module: nn.Module) -> bool:
 
 
 def _sketch(tensor: Tensor) -> Sketch:
-    left = tensor.detach().to_dense().double()
+    left, rounding = tensor.detach().to_dense().double(), torch.finfo(tensor.dtype).eps
     if not left.numel():
-        return Sketch(tuple(tensor.shape), 0.0, (0.0, 0.0))
+        return Sketch(tuple(tensor.shape), 0.0, (0.0, 0.0), rounding)
     largest = float(torch.linalg.vector_norm(left, math.inf))
     left = left[None] if left.ndim == 0 else left
     left = left @ _waves(left.shape[-1], left.device)
     while left.ndim > 1:
         left = (left * _waves(left.shape[-2], left.device)).sum(-2)
     size = math.sqrt(tensor.numel())
-    return Sketch(tuple(tensor.shape), largest, (float(left[0]) / size, float(left[1]) / size))
+    return Sketch(tuple(tensor.shape), largest, (float(left[0]) / size, float(left[1]) / size), rounding)
 
 
 @functools.lru_cache(64)
@@ -80,17 +90,25 @@ def _waves(count: int, device: torch.device) -> Tensor:
 
 
 def farthest(want: Sketches, got: Sketches) -> tuple[float, str]:
-    """The largest relative difference of what has the same shape, and the module that returns it."""
+    """The largest difference of sums, relative to the largest element, among tensors of the same shape, and the module that
+    returns it.
+    """
     worst, where = 0.0, ""
-    floor = LEAST * max((s.largest for own in want.values() for s in own if math.isfinite(s.largest)), default=0.0)
+    most = max((s.largest for own in want.values() for s in own if math.isfinite(s.largest)), default=0.0)
     for name, own in want.items():
         others = got.get(name, ())
         if len(own) != len(others):
             continue  # another path through the model: routing, loops over what is there
         for one, other in zip(own, others, strict=True):
-            if one.shape != other.shape or not math.isfinite(sum(one.sums) + sum(other.sums)):
-                continue
-            apart = max(abs(a - b) for a, b in zip(one.sums, other.sums, strict=True))
-            if apart > worst * max(one.largest, floor):
-                worst, where = apart / max(one.largest, floor), name
+            if one.shape == other.shape and (apart := _apart(one, other, most)) > worst:
+                worst, where = apart, name
     return worst, where
+
+
+def _apart(want: Sketch, got: Sketch, most: float) -> float:
+    if not math.isfinite(want.largest):
+        return 0.0  # what is masked with infinities
+    apart = max(abs(a - b) for a, b in zip(want.sums, got.sums, strict=True))
+    if not math.isfinite(apart):
+        return math.inf
+    return apart and apart / max(want.largest, most * max(LEAST, min(ROUNDING * want.rounding, 1.0)), 1e-300)

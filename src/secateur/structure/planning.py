@@ -80,6 +80,8 @@ def plan(
     if units is not None:
         chosen_units = _by_number(couplings, units)
         return _proven(couplings, chosen_units, Costs(couplings), lambda coupling: coupling.name in units)
+    if remove is not None and include:
+        raise SecateurError("include is for a target: remove says itself of what something goes")
     if allocation not in ALLOCATIONS:
         raise SecateurError(f"unknown allocation {allocation!r}; known for structure: {', '.join(ALLOCATIONS)}")
     _check_shares(remove or {}, target or {})
@@ -134,6 +136,8 @@ def _by_number(couplings: Couplings, units: Mapping[str, Sequence[int]]) -> dict
             raise SecateurError(
                 f"{name} loses equal shares of each of its {len(coupling.blocks)} blocks; given: {numbers}"
             )
+        if len(wanted) % coupling.grain:
+            raise SecateurError(f"{name} loses {coupling.grain} units at a time; given: {numbers}")
         found[places[name]] = wanted
     return found
 

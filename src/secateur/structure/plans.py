@@ -84,8 +84,8 @@ class Sublayer:
 class Plan:
     """What goes, what stays, and what was promised and seen.
 
-    promise: "removed == masked", or "recomputed" where a norm or mean runs over fewer elements: then the cut model equals
-    the masked one whose norms run over what remains. difference: of the two, relative to the largest output.
+    promise: "removed == masked", or "recomputed" where a norm, mean or maximum runs over fewer elements: then the cut model
+    equals the masked one whose norms run over what remains. difference: of the two, relative to the largest output.
     """
 
     model: str

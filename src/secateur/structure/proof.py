@@ -80,7 +80,7 @@ class Listen(TorchDispatchMode):
 
 
 class Masked(Watch):
-    """What a masked model is run under: means and norms run over the indices that are left."""
+    """What a masked model is run under: norms, means and maxima run over the indices that are left."""
 
     def __init__(self, model: nn.Module, facts: Facts, dead: NDArray[np.bool_]) -> None:
         super().__init__(model, another_run(facts))
@@ -155,7 +155,8 @@ def _restricted_norm(func: Any, args: Any, kwargs: Any, kept: Mapping[int, Tenso
     if "group" in func._schema.name:
         own = {0: kept[1]}
         weight, bias = _narrow(args[1], own), _narrow(args[2], own)
-        out = func(small.contiguous(), weight, bias, args[3], small.shape[1], *args[5:], **kwargs)
+        groups = len(torch.unique(kept[1] // (x.shape[1] // args[6])))
+        out = func(small.contiguous(), weight, bias, args[3], small.shape[1], args[5], groups, *args[7:], **kwargs)
     else:
         own = {place - (x.ndim - len(args[1])): indices for place, indices in kept.items()}
         shape = list(small.shape[-len(args[1]) :])
@@ -247,7 +248,7 @@ def check(
 
 
 def _reduces_over(facts: Facts, dead: NDArray[np.bool_]) -> bool:
-    """Whether a mean or a norm runs over anything that is removed."""
+    """Whether a norm, a mean or a maximum runs over anything that is removed."""
     for dim, _ in facts.reductions:
         for column in [] if dim is None else facts.ids.factors(dim, protected=True):
             known = column[(column >= 0) & (column < len(dead))]
@@ -266,10 +267,12 @@ def _narrower(facts: Facts, dead: NDArray[np.bool_]) -> Callable[[str, int, Tens
             known[id(dim)] = None if alive is None or alive.all() else np.flatnonzero(alive)
         return known[id(dim)]
 
-    def narrow(name: str, place: int, tensor: Tensor) -> Tensor:
-        returned = facts.returned.get(name, [])
-        dims = returned[place] if place < len(returned) else None
-        if dims is None or [n for n, d in zip(tensor.shape, dims, strict=False) if d is not None and len(d) != n]:
+    def narrow(name: str, before: int, tensor: Tensor) -> Tensor:
+        noted = facts.returned.get(name, [])
+        dims = noted[before] if before < len(noted) else None
+        if dims is None or len(dims) != tensor.ndim:
+            return tensor
+        if any(dim is not None and len(dim) != n for n, dim in zip(tensor.shape, dims, strict=True)):
             return tensor
         left = {place: kept(dim) for place, dim in enumerate(dims)}
         return narrowed(tensor, {place: indices for place, indices in left.items() if indices is not None})
@@ -315,7 +318,7 @@ def _first_that_runs(
 def _masked_outcome(
     model: nn.Module, facts: Facts, cut: Cut, run: Callable[[], Any], dead: NDArray[np.bool_]
 ) -> tuple[Outcome, bool]:
-    """That of the masked model, and whether a mean or norm ran over what is left."""
+    """That of the masked model, and whether a norm, mean or maximum ran over what is left."""
     undo = mask_(model, cut)
     try:
         masked = Masked(model, facts, dead)

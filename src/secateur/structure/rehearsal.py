@@ -28,7 +28,7 @@ from secateur.structure.watch import Facts, tensors_of
 SMALL = 200_000_000  # parameters of a model that is rehearsed in float64
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}  # of the largest output; some models compute in float32 inside
 COARSE = 0.1  # of 16-bit types
-TRIES = 10  # of each number of kinds that are left out
+TRIES = 10  # choices of kinds, of each number that is left out; and steps of several units
 SLOW = 0.5  # seconds of a forward in float64, above which the rehearsal keeps the model's own dtype
 
 
@@ -133,7 +133,7 @@ class _Stage:
         for left_out in range(min(len(kinds) - 1, 3)):
             for chosen in itertools.islice(itertools.combinations(by_runs, len(kinds) - left_out), TRIES):
                 together = [coupling for alike in chosen for coupling in alike]
-                if len(together) > 1 and self._shared(together) is None:
+                if self._shared(together) is None:
                     return self._apart(together)
         return []
 
@@ -216,6 +216,13 @@ def _runs(coupling: Coupling) -> int:
     return int((np.diff(coupling.slices[0].indices[0]) != 1).sum()) + 1
 
 
+def _lies(indices: Ints) -> str:
+    """How the first unit lies: heads in pieces of several indices, the entries of every head one by one."""
+    if len(indices) == 1:
+        return "alone"
+    return "in pieces" if indices[1] == indices[0] + 1 else "scattered"
+
+
 def share(coupling: Coupling, steps: int) -> Ints:
     """Units that a number of steps removes: the first of each block, so that all others change their places."""
     per_step = [len(block) // coupling.steps for block in coupling.blocks]
@@ -249,7 +256,7 @@ def check_removal(
 
 def _likeness(coupling: Coupling) -> object:
     """The same for the same thing in another layer."""
-    names = {(re.sub(r"\d+", "#", part.parameter), part.dim, part.indices.shape[1] == 1) for part in coupling.slices}
+    names = {(re.sub(r"\d+", "#", part.parameter), part.dim, _lies(part.indices[0])) for part in coupling.slices}
     return frozenset(names), len(coupling.blocks) > 1
 
 

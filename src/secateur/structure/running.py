@@ -46,7 +46,8 @@ def runner(model: nn.Module, example_inputs: Inputs) -> Callable[[], Any]:
         args = tuple(example_inputs)
 
     def run() -> Any:
-        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+        wide = (p.dtype for p in model.parameters() if p.is_floating_point() and p.element_size() > 1)
+        dtype = next(wide, torch.float32)
         meta = on_meta(model)
 
         def fit(value: Any) -> Any:

@@ -31,7 +31,7 @@ class Size(int):
     compute: Callable[[Values], int]
     single: Key | None  # the attribute that this number is, unchanged
     mixed: bool  # whether other integers went into it
-    compared: set[Key] | None = None  # where to note that it was compared with another number
+    equals: Callable[[], None] | None = None  # what to do when it is found to equal another number
 
     def __new__(
         cls,
@@ -82,17 +82,14 @@ class Size(int):
     def __neg__(self) -> Any:
         return self._with(-1, lambda a, b: a * b)
 
-    def _note(self) -> None:
-        if self.compared is not None and self.single is not None:
-            self.compared.add(self.single)
-
     def __eq__(self, other: object) -> bool:
-        self._note()
-        return int.__eq__(self, other)  # type: ignore[arg-type]
+        same = int.__eq__(self, other)  # type: ignore[arg-type]
+        if same is True and self.equals is not None:
+            self.equals()
+        return same
 
     def __ne__(self, other: object) -> bool:
-        self._note()
-        return int.__ne__(self, other)  # type: ignore[arg-type]
+        return not self == other
 
     __hash__ = int.__hash__
 
@@ -150,7 +147,7 @@ def _is_config(value: Any) -> bool:
 def is_record(value: Any) -> bool:
     """A namespace, a dataclass or a dictionary of settings. It may be the caller's own: it is copied before it changes."""
     if type(value) is dict:
-        return all(type(key) is str for key in value) and any(type(item) is int for item in value.values())
+        return True  # whatever it holds at the moment
     data = dataclasses.is_dataclass(value) and not isinstance(value, (type, nn.Module)) and hasattr(value, "__dict__")
     return (data or isinstance(value, (argparse.Namespace, SimpleNamespace))) and not _is_config(value)
 
@@ -158,16 +155,17 @@ def is_record(value: Any) -> bool:
 @contextlib.contextmanager
 def remembered(model: nn.Module, compared: dict[Key, tuple[int, str]]) -> Iterator[None]:
     """Integers of modules and configs know where they come from; afterwards they are as they were. compared: to note which
-    of them were compared with other numbers, their value and the path of their owner.
+    of them were found to equal another number, with their value and the module that holds them.
     """
     changed: list[tuple[dict[str, Any], str, Any]] = []
-    keys: set[Key] = set()
-    holders = owners(model)
     try:
-        for number, (_, owner) in enumerate(holders):
+        for number, (path, owner) in enumerate(owners(model)):
+            home = path if isinstance(owner, nn.Module) else path.rpartition(".")[0]
             table = table_of(owner)
             for name, value in list(table.items()):
-                if (made := _remembering(number, name, value, keys)) is not None:
+                if type(name) is not str or name.startswith("_"):
+                    continue
+                if (made := _remembering((number, name), value, home, compared)) is not None:
                     changed.append((table, name, value))
                     table[name] = made
         yield
@@ -175,27 +173,20 @@ def remembered(model: nn.Module, compared: dict[Key, tuple[int, str]]) -> Iterat
         for table, name, value in changed:
             if isinstance(table.get(name), (Size, tuple, list)):
                 table[name] = value
-        for number, name, place in keys:
-            path, owner = holders[number]
-            value = table_of(owner).get(name)
-            if place < 0 and isinstance(value, int):
-                compared[number, name, place] = (value, path)
 
 
-def _remembering(owner: int, name: str, value: Any, compared: set[Key]) -> Any:
-    if name.startswith("_"):
-        return None
+def _remembering(key: tuple[int, str], value: Any, home: str, compared: dict[Key, tuple[int, str]]) -> Any:
     if type(value) is int:
-        return _attribute((owner, name, -1), value, compared)
+        made = _attribute((*key, -1), value)
+        made.equals = lambda: compared.setdefault((*key, -1), (value, home)) and None
+        return made
     if type(value) in (tuple, list) and value and all(type(item) is int for item in value):
-        return type(value)(_attribute((owner, name, place), item, compared) for place, item in enumerate(value))
+        return type(value)(_attribute((*key, place), item) for place, item in enumerate(value))
     return None
 
 
-def _attribute(key: Key, value: int, compared: set[Key]) -> Size:
-    made = Size(value, frozenset([key]), lambda values: values.get(key, value), key)
-    made.compared = compared
-    return made
+def _attribute(key: Key, value: int) -> Size:
+    return Size(value, frozenset([key]), lambda values: values.get(key, value), key)
 
 
 class Uses(TorchFunctionMode):
@@ -281,6 +272,12 @@ def _groups(uses: Uses, args: Any, kwargs: Any, out: Any) -> None:
         uses.note(groups, uses.groups.pop("groups"))
 
 
+def _group_norm(uses: Uses, args: Any, kwargs: Any, out: Any) -> None:
+    """The number of groups follows the tensor."""
+    if "groups" in uses.groups:
+        uses.note(kwargs.get("num_groups", args[1] if len(args) > 1 else None), uses.groups.pop("groups"))
+
+
 def _norm_shape(uses: Uses, args: Any, kwargs: Any, out: Any) -> None:
     shape = kwargs.get("normalized_shape", args[1] if len(args) > 1 else ())
     for size, dim in zip(shape, uses.dims(out)[-len(shape) :], strict=True):
@@ -301,6 +298,7 @@ READERS: dict[str, Callable[[Uses, Any, Any, Any], None]] = {
     **dict.fromkeys(
         ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _groups
     ),
+    "group_norm": _group_norm,
     **dict.fromkeys(("layer_norm", "rms_norm"), _norm_shape),
 }
 

@@ -47,8 +47,10 @@ def cut_of(facts: Facts, dead: NDArray[np.bool_]) -> Cut:
             if alive is not None and not alive.all():
                 kept.setdefault(name, {})[place] = np.flatnonzero(alive)
     answers = solve(facts.uses, lambda dim: _count(facts, dim, dead))
-    more = [guess | answer for guess in _compared(facts, kept) for answer in answers if guess.keys() - answer.keys()]
-    return Cut(kept, answers + more)
+    tried = list(answers)
+    for guess in _compared(facts, kept):
+        tried += [new for answer in answers if (new := guess | answer) not in tried]
+    return Cut(kept, tried)
 
 
 def _compared(facts: Facts, kept: Mapping[str, Mapping[int, Keep]]) -> list[Values]:
@@ -63,7 +65,7 @@ def _compared(facts: Facts, kept: Mapping[str, Mapping[int, Keep]]) -> list[Valu
             for place, indices in dims.items()
             if (dim := facts.dims[name][place]) is not None and len(dim) == value
         ]
-        own = [left for name, left in like if name.startswith(f"{path}.")] or [left for _, left in like]
+        own = [left for name, left in like if not path or name.startswith(f"{path}.")] or [left for _, left in like]
         if own:
             found[key] = [left for left, _ in Counter(own).most_common(GUESSES)]
     most = max(map(len, found.values()), default=0)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -21,9 +22,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from secateur.errors import SecateurError
 from secateur.structure.identities import Dim, Identities, Indices
-from secateur.structure.rules import RULES
-from secateur.structure.rules.call import Call, Dims, Seen, Work
-from secateur.structure.rules.pointwise import elementwise, unknown
+from secateur.structure.rules import RULES, views
+from secateur.structure.rules.call import Call, Dims, Seen, Work, seen_in
+from secateur.structure.rules.pointwise import elementwise, unary, unknown
 from secateur.structure.sizes import Key, Use, Uses, remembered
 
 
@@ -34,7 +35,7 @@ class Facts:
     ids: Identities = field(default_factory=Identities)
     dims: dict[str, Dims] = field(default_factory=dict)
     equal_parts: list[list[Dim]] = field(default_factory=list)  # of which the same share has to stay
-    grains: list[tuple[Indices, int]] = field(default_factory=list)  # of which only a multiple of so many can go
+    grains: list[tuple[Indices, int]] = field(default_factory=list)  # that go so many at a time
     reductions: list[tuple[Dim, str]] = field(default_factory=list)  # and the module that does it
     unknown: dict[str, str] = field(default_factory=dict)  # operator -> module where it was seen first
     uses: list[Use] = field(default_factory=list)
@@ -64,6 +65,7 @@ class Watch(TorchDispatchMode):
         self.groups: dict[str, Dim] = {}
         self._run = object()
         self._dims: dict[int, Dims] = {}
+        self.read: dict[int, Indices] = {}  # dimensions that operators read, not just moved; by identity
         self.reached: set[int] = set()  # identities of the objects that operators were given, or parts of them
         self._storages: dict[int, tuple[Tensor, Dims]] = {}
         for name, tensor in tensors_of(model).items():
@@ -114,6 +116,8 @@ class Watch(TorchDispatchMode):
         results = [value for value in (out if isinstance(out, (list, tuple)) else [out]) if isinstance(value, Tensor)]
         if results:
             self._follow(func, args, kwargs, results)
+        else:  # a number that Python reads
+            self._see([*args, *kwargs.values()])
         return out
 
     def _follow(self, func: Any, args: Any, kwargs: Any, results: list[Tensor]) -> None:
@@ -127,6 +131,9 @@ class Watch(TorchDispatchMode):
         seen = tuple(self._see(value) for value in args)
         named = dict(zip((argument.name for argument in func._schema.arguments), seen, strict=False))
         named |= {name: self._see(value) for name, value in kwargs.items()}
+        if rule is not unary and rule.__module__ != views.__name__:
+            for operand in seen_in(named):
+                self.read |= {id(dim): dim for dim in operand.dims if dim is not None}
         shapes = [tuple(result.shape) for result in results]
         reductions: list[Dim] = []
         facts = self.facts
@@ -236,6 +243,7 @@ def follow(model: nn.Module, run: Callable[[], Any], also: Callable[[], Any] | N
             run()
     facts.uses, facts.work = uses.found, work
     alone = list(_like_siblings(model, watch))
+    _protect_unread(model, watch)
     facts.traced = facts.ids.copy()
     for name in alone:
         for dim in facts.dims[name]:
@@ -276,14 +284,19 @@ NOISE = {
 
 
 class _Count(TorchDispatchMode):
-    """How often each operator is called."""
+    """How often each operator is called. Raises RuntimeError before one that would write into a parameter."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.found: Counter[str] = Counter()
+        self._weights = {p.untyped_storage()._cdata for p in model.parameters() if p.layout == torch.strided}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.found[func._schema.name] += 1
+        target = args[0] if func._schema.is_mutable and args else None
+        storage = target.untyped_storage() if isinstance(target, Tensor) and target.layout == torch.strided else None
+        if storage is not None and storage._cdata in self._weights:
+            raise RuntimeError("it changes its weights as it trains")
         return func(*args, **(kwargs or {}))
 
 
@@ -291,7 +304,7 @@ def _trains(model: nn.Module, run: Callable[[], Any], usual: Counter[str]) -> bo
     """Whether the model, in training mode, runs and calls operators that it does not call otherwise."""
     if on_meta(model):
         return False
-    count = _Count()
+    count = _Count(model)
     try:
         with plainly(model), training(model), count:
             run()
@@ -303,14 +316,32 @@ def _trains(model: nn.Module, run: Callable[[], Any], usual: Counter[str]) -> bo
 
 @contextlib.contextmanager
 def training(model: nn.Module) -> Iterator[None]:
-    """In training mode; every module is in its own mode again afterwards."""
+    """In training mode; every module is in its own mode again afterwards, and parameters have the data that they had."""
     modes = [(module, module.training) for module in model.modules()]
+    weights = [(parameter, parameter.data) for parameter in model.parameters()]
     model.train()
     try:
         yield
     finally:
         for module, mode in modes:
             module.training = mode
+        for parameter, data in weights:
+            if parameter.data_ptr() != data.data_ptr():
+                parameter.data = data
+
+
+def _protect_unread(model: nn.Module, watch: Watch) -> None:
+    """What only slices and views have met: the rows of a table of places that shorter inputs leave aside."""
+    facts = watch.facts
+    read = np.zeros(facts.ids.count, bool)
+    if watch.read:
+        for column in facts.ids.factors(np.concatenate(list(watch.read.values()))):
+            read[column[column >= 0]] = True
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        for dim in facts.dims[name] if id(parameter) in watch.reached else ():
+            for column in [] if dim is None else facts.ids.factors(dim):
+                free = column[column >= 0]
+                facts.ids.protect(free[~read[free]], "not used on these inputs")
 
 
 def _like_siblings(model: nn.Module, watch: Watch) -> Iterator[str]:

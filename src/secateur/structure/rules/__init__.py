@@ -33,7 +33,7 @@ from secateur.structure.rules.norms import (
     spatial,
     transformed,
 )
-from secateur.structure.rules.pointwise import constant, created, elementwise, unary
+from secateur.structure.rules.pointwise import constant, created, elementwise, filled, unary
 from secateur.structure.rules.products import (
     attention,
     columns,
@@ -107,8 +107,11 @@ RULES: dict[str, Rule] = {
     **_rows(diagonal, "diagonal"),
     **_rows(unfold, "unfold"),
     **_rows(unary, "alias detach detach_ clone contiguous _to_copy to lift_fresh lift view_as dropout tril triu"),
-    **_rows(unary, "native_dropout resolve_conj resolve_neg _conj zeros_like ones_like full_like empty_like rand_like"),
-    **_rows(unary, "randn_like fill_ zero_ normal_ uniform_ bernoulli_ exponential_ _assert_async nan_to_num"),
+    **_rows(
+        unary, "native_dropout resolve_conj resolve_neg _conj fill_ zero_ normal_ uniform_ bernoulli_ exponential_"
+    ),
+    **_rows(unary, "_assert_async nan_to_num"),
+    **_rows(filled, "zeros_like ones_like full_like empty_like rand_like randn_like"),
     **_rows(elementwise, "copy_ copy masked_fill masked_fill_ where lerp addcmul addcdiv rsub bernoulli clamp"),
     **_rows(
         elementwise,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,8 +47,8 @@ class Call:
     args: tuple[Any, ...]
     named: dict[str, Any]
     outputs: list[tuple[int, ...]]
-    equal_parts: list[list[Dim]]  # parts of which equally many indices have to stay
-    reductions: list[Dim]  # dimensions over which a mean or a norm is taken
+    equal_parts: list[list[Dim]]  # of which the same share has to stay
+    reductions: list[Dim]  # dimensions over which a norm, a mean or a maximum is taken
     sizes: dict[str, Dim]  # integers among the arguments that count the indices of a dimension
     work: list[Work]  # multiplications, as products of sizes
     when_read: dict[int, tuple[list[Dim], str]] = field(
@@ -63,15 +63,20 @@ class Call:
     @property
     def operands(self) -> list[Seen]:
         """All tensors among the arguments, lists of tensors included."""
-        found: list[Seen] = []
-        for value in self.named.values():
-            found += [v for v in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(v, Seen)]
-        return found
+        return seen_in(self.named)
 
     def protect(self, dims: Sequence[Dim], reason: str) -> None:
         """No index of these dimensions may be removed."""
         for dim in dims:
             self.ids.protect(dim, reason)
+
+
+def seen_in(named: Mapping[str, Any]) -> list[Seen]:
+    """All tensors among arguments, lists of tensors included."""
+    found: list[Seen] = []
+    for value in named.values():
+        found += [v for v in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(v, Seen)]
+    return found
 
 
 Rule = Callable[[Call], list[Dims]]

@@ -22,6 +22,7 @@ def sampled(call: Call) -> list[Dims]:
     """grid_sample: a place of the output is read at places of the input; channels stay."""
     x, grid = call.args[0], call.args[1]
     call.protect([*x.dims[2:], *grid.dims[1:]], "space that is sampled")
+    call.ids.same(x.dims[0], grid.dims[0])  # heads may be among the batch
     return [[*x.dims[:2], *plain(call.outputs[0][2:])]]
 
 
@@ -34,12 +35,13 @@ def gather(call: Call) -> list[Dims]:
     source, place = call.args[0], call.args[1] % call.args[0].ndim
     call.protect([source.dims[place]], "entries are looked up by number")
     index = call.args[2]
-    call.protect(index.dims, "numbers to look up")
     dims: Dims = []
     for other, dim in enumerate(source.dims):
         whole = other != place and index.shape[other] == source.shape[other]
-        if not whole:
-            call.protect([dim], "entries are looked up by number")
+        if whole:
+            call.ids.same(dim, index.dims[other])
+        else:
+            call.protect([dim, index.dims[other]], "entries are looked up by number")
         dims.append(dim if whole else None)
     return [dims]
 

@@ -26,12 +26,18 @@ def layer_norm(call: Call) -> list[Dims]:
 
 
 def group_norm(call: Call) -> list[Dims]:
-    """Mean and variance over the channels of a group: as many have to stay in each."""
+    """Mean and variance over the channels of a group: as many have to stay in each. Where the groups are an axis of their
+    own, such as heads, whole ones may go, and their number follows.
+    """
     x, groups = call.args[0], call.args[6]
     channels = x.dims[1]
     for other in call.operands[1:]:
         call.ids.same(channels, other.dims[0])
-    if channels is not None:
+    grid = None if channels is None else call.ids.grid(channels, len(channels) // groups)
+    if grid is not None:
+        call.sizes["groups"], inner = grid
+        call.reductions.append(inner)
+    elif channels is not None:
         call.equal_parts.append(list(channels.reshape(groups, -1)))
         call.reductions.append(channels)
     return [list(x.dims), *(plain(out) for out in call.outputs[1:])]

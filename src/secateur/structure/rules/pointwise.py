@@ -41,6 +41,14 @@ def created(call: Call) -> list[Dims]:
     return [[call.ids.new(size) if size > 1 else None for size in shape] for shape in call.outputs]
 
 
+def filled(call: Call) -> list[Dims]:
+    """zeros_like and its kin: as many as the operand has, but none of them is one of its own."""
+    source = call.operands[0]
+    dims: Dims = [None if dim is None else call.ids.new(len(dim)) for dim in source.dims]
+    call.equal_parts += [[old, new] for old, new in zip(source.dims, dims, strict=True) if new is not None]
+    return [dims if shape == source.shape else plain(shape) for shape in call.outputs]
+
+
 def constant(call: Call) -> list[Dims]:
     """A tensor whose values depend on their places, or that reads values: nothing can be removed."""
     for operand in call.operands:
