@@ -458,6 +458,29 @@ def test_settings_that_belong_to_the_caller_are_copied_before_they_change():
     assert [type(a) for a in after] == [type(b) for b in before]
 
 
+@dataclasses.dataclass
+class SmallConfig:
+    """As small repositories have it: one object for all modules, and for the caller."""
+
+    heads: int = 4
+
+
+def test_a_config_that_belongs_to_the_caller_is_copied_too():
+    class Net(nn.Module):
+        def __init__(self, config):
+            super().__init__()
+            self.config = config
+            self.a, self.b = nn.Linear(6, 12), nn.Linear(12, 3)
+
+        def forward(self, x):
+            return self.b(self.a(x).view(len(x), self.config.heads, -1).relu().flatten(1))
+
+    config, x = SmallConfig(), torch.randn(5, 6)
+    model = Net(config).eval()
+    apply_(model, plan(trace(model, x), remove={"heads": 0.5}, multiple=1))
+    assert (config.heads, model.config.heads) == (4, 2)
+
+
 def test_sizes_that_are_only_compared_follow():
     model, x = NETS["sizes that are only compared"]()
     couplings = trace(model.eval(), x)

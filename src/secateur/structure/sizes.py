@@ -118,7 +118,7 @@ def owners(model: nn.Module) -> list[tuple[str, Any]]:
         found.append((name, module))
         queue = [(f"{name}.{key}".lstrip("."), value) for key, value in vars(module).items()]
         records = [
-            (f"{name}.{key}".lstrip("."), v) for key, v in vars(module).items() if key[0] != "_" and is_record(v)
+            (f"{name}.{key}".lstrip("."), v) for key, v in vars(module).items() if key[0] != "_" and _is_record(v)
         ]
         while queue:
             path, value = queue.pop()
@@ -144,8 +144,8 @@ def _is_config(value: Any) -> bool:
     return hasattr(value, "__dict__") and "config" in type(value).__name__.lower() and not isinstance(value, type)
 
 
-def is_record(value: Any) -> bool:
-    """A namespace, a dataclass or a dictionary of settings. It may be the caller's own: it is copied before it changes."""
+def _is_record(value: Any) -> bool:
+    """A namespace, a dataclass or a dictionary of settings."""
     if type(value) is dict:
         return True  # whatever it holds at the moment
     data = dataclasses.is_dataclass(value) and not isinstance(value, (type, nn.Module)) and hasattr(value, "__dict__")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from secateur.structure.coupling import Coupling
 from secateur.structure.identities import Dim
-from secateur.structure.sizes import Key, Values, is_record, owners, solve, table_of
+from secateur.structure.sizes import Key, Values, owners, solve, table_of
 from secateur.structure.watch import Facts, tensors_of
 
 Keep = NDArray[np.int64]
@@ -101,21 +101,27 @@ def cut_(model: nn.Module, cut: Cut, answer: int = 0) -> Callable[[], None]:
         tensor.grad = None
         _swap(tensor, data)
     holders = owners(model)
-    copies: dict[int, Any] = {}
+    owned: dict[int, Any] = {}
     for (number, name, place), value in cut.attributes[answer].items():
-        owner = holders[number][1]
-        if is_record(owner) and number not in copies:
-            copies[number] = copy.copy(owner)
-            undo += _instead(model, owner, copies[number])
-        undo.append(_set(table_of(copies.get(number, owner)), name, place, value))
+        if number not in owned:
+            owned[number], steps = _own(model, holders[number][1])
+            undo += steps
+        undo.append(_set(table_of(owned[number]), name, place, value))
     undo += _mirrors(model)
     return lambda: _all(undo)
 
 
-def _instead(model: nn.Module, old: Any, new: Any) -> Iterable[Callable[[], None]]:
-    """Let modules refer to another object."""
-    tables = [(vars(module), key) for module in model.modules() for key, value in vars(module).items() if value is old]
-    return [_set(table, key, -1, new) for table, key in tables]
+def _own(model: nn.Module, owner: Any) -> tuple[Any, list[Callable[[], None]]]:
+    """What may change: a module or a config of transformers itself, of other settings a copy that the modules get in their
+    place, since they may be the caller's. And what undoes it.
+    """
+    tables = [
+        (vars(module), key) for module in model.modules() for key, value in vars(module).items() if value is owner
+    ]
+    if isinstance(owner, nn.Module) or hasattr(owner, "to_dict") or not tables:
+        return owner, []
+    mine = copy.copy(owner)
+    return mine, [_set(table, key, -1, mine) for table, key in tables]
 
 
 def _all(undo: list[Callable[[], None]]) -> None:
