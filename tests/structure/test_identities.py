@@ -172,3 +172,11 @@ def test_a_dimension_that_contains_itself_twice_is_protected_at_once(size):
     ids.same(whole, ids.product(whole[:size], whole[-size:], (size, size)))
     assert not ids.free(whole)
     assert ids.why(whole) == ["a view that makes a dimension a part of itself"]
+
+
+@given(st.data())
+def test_leaves_are_the_free_factors(data):
+    ids, dims = (made := Statements(data)).ids, made.dims
+    columns = [column for dim in dims for column in ids.factors(dim)]
+    want = {int(root) for column in columns for root in column if root >= 0}
+    assert set(ids.leaves(np.concatenate(dims)).tolist()) == want

@@ -293,6 +293,19 @@ class Identities:
             self.protect(column[column >= 0], "a view that makes a dimension a part of itself")
         return self.factors(dim)
 
+    def leaves(self, dim: Indices) -> Indices:
+        """The free factors of all indices together, each once."""
+        roots, found = np.unique(self.find(dim)), [np.zeros(0, np.int64)]
+        for _ in range(DEPTH):
+            roots = roots[self._why[roots] == 0]
+            product = self._left[roots] >= 0
+            found.append(roots[~product])
+            if not product.any():
+                break
+            inner = np.concatenate([self._left[roots[product]], self._right[roots[product]]])
+            roots = np.unique(self.find(inner))
+        return np.unique(np.concatenate(found))
+
     def _safe_find(self, dim: Indices) -> Indices:
         return np.where(dim >= 0, self.find(np.maximum(dim, 0)), -1)
 

@@ -335,12 +335,11 @@ def _protect_unread(model: nn.Module, watch: Watch) -> None:
     facts = watch.facts
     read = np.zeros(facts.ids.count, bool)
     if watch.read:
-        for column in facts.ids.factors(np.concatenate(list(watch.read.values()))):
-            read[column[column >= 0]] = True
+        read[facts.ids.leaves(np.concatenate(list(watch.read.values())))] = True
     for name, parameter in model.named_parameters(remove_duplicate=False):
         for dim in facts.dims[name] if id(parameter) in watch.reached else ():
-            for column in [] if dim is None else facts.ids.factors(dim):
-                free = column[column >= 0]
+            if dim is not None:
+                free = facts.ids.leaves(dim)
                 facts.ids.protect(free[~read[free]], "not used on these inputs")
 
 
