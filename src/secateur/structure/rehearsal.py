@@ -199,8 +199,8 @@ class _Stage:
         if shares == 1:
             return "nothing can go without all of it going"
         wrong = self._wrong([(coupling, ends(coupling, shares)) for coupling in found])
-        if wrong is None and (shares or any(len(set(map(len, coupling.blocks))) > 1 for coupling in found)):
-            wrong = self._wrong([(c, share(c, c.steps // shares if shares else 1)) for c in found])
+        if wrong is None and shares:
+            wrong = self._wrong([(coupling, share(coupling, coupling.steps // shares)) for coupling in found])
         return wrong
 
     def _wrong(self, removed: Sequence[tuple[Coupling, Ints]]) -> str | None:
