@@ -49,12 +49,12 @@ def _home(coupling: Coupling) -> str:
     return ".".join(common or paths[0])
 
 
-def _kind(first: Sequence[Slice], tensors: Mapping[str, Tensor], blocks: Collection[str]) -> str:
-    weights = [(part, tensors[part.parameter]) for part in first if tensors[part.parameter].ndim > 1]
+def _kind(slices: Sequence[Slice], tensors: Mapping[str, Tensor], blocks: Collection[str]) -> str:
+    weights = [(part, tensors[part.parameter]) for part in slices if tensors[part.parameter].ndim > 1]
     shapes = [_shape(part.indices) for part, _ in weights]
     touched = {_block(part.parameter, blocks) for part, _ in weights}
     convolves = any(tensor.ndim > 3 for _, tensor in weights)
-    if any(shape == "run" for shape in shapes) and not _flattened(first, tensors):
+    if any(shape == "run" for shape in shapes) and not _flattened(slices, tensors):
         return "groups" if all(t.ndim > 2 for _, t in weights) else "heads"
     if shapes and all(shape == "runs" for shape in shapes) and len({part.dim for part, _ in weights}) > 1:
         return "queries"  # from rows of one matrix to columns of another; pairs of entries of heads are rows alone
@@ -64,9 +64,9 @@ def _kind(first: Sequence[Slice], tensors: Mapping[str, Tensor], blocks: Collect
         return "hidden"
     if convolves:
         return "channels"
-    if len(first) == len(weights) == 2 and touched != {None} and _low_rank(weights):
+    if len(slices) == len(weights) == 2 and touched != {None} and _low_rank(weights):
         return "rank"
-    neurons = len(weights) > 1 and touched != {None} and not any(part.dim and _raw(part.parameter) for part in first)
+    neurons = len(weights) > 1 and touched != {None} and not any(part.dim and _raw(part.parameter) for part in slices)
     return "ffn" if neurons else "units"
 
 

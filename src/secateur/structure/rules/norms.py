@@ -44,20 +44,8 @@ def group_norm(call: Call) -> list[Dims]:
 
 
 def reduction(call: Call) -> list[Dims]:
-    """Sums and means: removed elements are no longer counted."""
-    source, places = call.args[0], call.arg("dim")
-    places = [places] if isinstance(places, int) else places
-    gone = range(source.ndim) if places is None or not len(places) else [place % source.ndim for place in places]
-    call.reductions += [source.dims[place] for place in gone]
-    return [without(source.dims, gone, shape) for shape in call.outputs]
-
-
-def norm(call: Call) -> list[Dims]:
-    """A p-norm: its dimensions come after p."""
-    source = call.args[0]
-    places = call.arg("dim")
-    places = [places] if isinstance(places, int) else places
-    gone = range(source.ndim) if places is None or not len(places) else [place % source.ndim for place in places]
+    """Sums, means and norms: removed elements are no longer counted."""
+    source, gone = call.args[0], _gone(call)
     call.reductions += [source.dims[place] for place in gone]
     return [without(source.dims, gone, shape) for shape in call.outputs]
 
@@ -66,9 +54,7 @@ def largest(call: Call) -> list[Dims]:
     """Maxima and minima: they run over what remains, and the place of one, as soon as it is read, binds all."""
     if len(call.operands) > 1:
         return elementwise(call)
-    source, place = call.args[0], call.arg("dim")
-    places = [place] if isinstance(place, int) else place
-    gone = range(source.ndim) if places is None or not len(places) else [place % source.ndim for place in places]
+    source, gone = call.args[0], _gone(call)
     over = [source.dims[place] for place in gone]
     call.reductions += over
     if call.name in ("aten.max", "aten.min") and len(call.outputs) > 1:
@@ -78,11 +64,16 @@ def largest(call: Call) -> list[Dims]:
 
 def extreme(call: Call) -> list[Dims]:
     """Products, orders, places of maxima: what is removed might have been the answer."""
-    source, place = call.args[0], call.arg("dim")
-    places = [place] if isinstance(place, int) else place
-    gone = range(source.ndim) if places is None or not len(places) else [place % source.ndim for place in places]
+    source, gone = call.args[0], _gone(call)
     call.protect([source.dims[place] for place in gone], f"{call.name} compares or chains its elements")
     return [without(source.dims, gone, shape) for shape in call.outputs]
+
+
+def _gone(call: Call) -> Sequence[int]:
+    """The dimensions that are reduced over: those that are named, or all."""
+    places, ndim = call.arg("dim"), call.args[0].ndim
+    places = [places] if isinstance(places, int) else places
+    return [place % ndim for place in places] if places else range(ndim)
 
 
 def without(dims: Dims, gone: Sequence[int], shape: Sequence[int]) -> Dims:
