@@ -17,7 +17,7 @@ from torch import nn
 
 from conftest import TINY
 from secateur.errors import SecateurError
-from secateur.structure import Couplings, Plan, apply_, importance, plan, plan_heads, trace
+from secateur.structure import Couplings, Plan, apply_, importance, plan, plan_heads, rehearsal, trace
 from secateur.structure.budget import Costs
 from secateur.structure.criteria import CRITERIA, REDUCTIONS
 from secateur.structure.rehearsal import share
@@ -530,3 +530,47 @@ def test_entries_of_heads_that_rotate_in_pairs_are_no_queries():
     model = transformers.CohereForCausalLM(config).eval()
     found = {(c.kind, max(map(len, c.blocks))) for c in trace(model, {"input_ids": torch.arange(14).reshape(2, 7)})}
     assert found == {("hidden", 32), ("heads", 2), ("queries", 2), ("head_dim", 8), ("ffn", 48)}
+
+
+def test_the_whole_model_is_not_run_again_for_a_plan():
+    couplings = made("residual convolutions")
+    runs = []
+    handle = couplings.model.register_forward_pre_hook(lambda module, args: runs.append(module))
+    try:
+        plan(couplings, target={"params": 0.6})
+    finally:
+        handle.remove()
+    assert len(runs) == 2 + couplings.facts.trains  # cut, as it trains, and masked
+
+
+def test_a_model_that_changed_its_dtype_is_compared_in_the_new_one(monkeypatch):
+    monkeypatch.setattr(rehearsal, "SMALL", 0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    couplings = trace(model, torch.randn(2, 4))
+    assert couplings.reference.dtype == torch.float32
+    model.double()
+    assert plan(couplings, remove={couplings[0].kind: 0.5}).difference < 1e-12
+
+
+def test_gradients_are_only_taken_of_what_may_go(traced):
+    couplings = traced["residual convolutions"]
+    name = couplings[0].name
+    protected = {part.parameter for c in couplings if c.name != name for part in c.slices}
+    protected -= {part.parameter for part in couplings[0].slices}
+    trained = dict(couplings.model.named_parameters())
+    seen = []
+
+    def loss(model, batch):
+        seen.append({key for key in protected if trained[key].requires_grad})
+        return model(batch).square().mean()
+
+    flags = {key: trained[key].requires_grad for key in protected}
+    for key in protected:
+        trained[key].requires_grad_(False)
+    try:
+        plan(couplings, remove={name: 0.5}, criterion="taylor", batches=[couplings.inputs], loss=loss)
+    finally:
+        for key, flag in flags.items():
+            trained[key].requires_grad_(flag)
+    assert protected
+    assert seen == [set()]

@@ -93,8 +93,8 @@ def _cut(model: nn.Module, plan: Plan, inputs: Inputs, run: Callable[[], Any], b
     dead = dead_from(facts, cut)
     if _plain(cut_of(facts, dead)) != _plain(cut):
         raise Wrong("its couplings are not those of this model")
-    with compared(model, run) as (reference, tolerance):
-        check(model, facts, cut, run, reference, dead).within(tolerance)
+    with compared(model, run) as reference:
+        check(model, facts, cut, run, reference.numbers, dead).within(reference.tolerance)
     back.append(cut_(model, cut))
     if not _attention_cut(model, plan):
         back.pop(-2)()

@@ -62,12 +62,15 @@ class Costs:
         """How many indices die with which couplings."""
         assert dim is not None
         if id(dim) not in self._known:
-            columns = [np.where(c >= 0, self._owner[np.maximum(c, 0)], -1) for c in self._facts.ids.factors(dim)]
-            owners: Ints = np.sort(np.stack(columns), axis=0) if columns else np.zeros((0, len(dim)), np.int64)
-            kinds, counts = np.unique(owners, axis=1, return_counts=True)
+            known = [np.where(c >= 0, self._owner[np.maximum(c, 0)], -1) for c in self._facts.ids.factors(dim)]
+            owners: Ints = np.sort(np.stack(known), axis=0) if known else np.zeros((0, len(dim)), np.int64)
+            alike: Ints = np.zeros(len(dim), np.int64)  # by the couplings of an index, as far as seen
+            for row in owners:
+                alike = np.unique(alike * (len(self._owner) + 1) + row + 1, return_inverse=True)[1]
+            _, first, counts = np.unique(alike, return_index=True, return_counts=True)
             self._known[id(dim)] = tuple(
-                (int(count), tuple(sorted({int(n) for n in kinds[:, place] if n >= 0})))
-                for place, count in enumerate(counts)
+                (int(count), tuple(sorted({int(n) for n in owners[:, place] if n >= 0})))
+                for place, count in zip(first, counts, strict=True)
             )
         return self._known[id(dim)]
 

@@ -17,7 +17,7 @@ from secateur.stream.blocks import find_members
 from secateur.structure.attention import replace_
 from secateur.structure.coupling import Coupling
 from secateur.structure.kinds import named
-from secateur.structure.rehearsal import rehearsed
+from secateur.structure.rehearsal import Reference, rehearsed
 from secateur.structure.running import Inputs, evaluating, runner, writing
 from secateur.structure.watch import Facts, follow, on_meta, tensors_of
 
@@ -31,6 +31,7 @@ class Couplings:
     protected: dict[str, str]
     facts: Facts
     inputs: Inputs
+    reference: Reference
     stored: dict[str, int] = field(
         default_factory=dict
     )  # tensor -> bytes of an element in the checkpoint, where others
@@ -66,8 +67,9 @@ def trace(model: nn.Module, example_inputs: Inputs) -> Couplings:
             with explained(model, example_inputs):
                 facts = follow(model, run, writing(model, example_inputs))
             parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-            found = named(rehearsed(model, facts, parameters, run), tensors_of(model), list(find_members(model)))
-            return Couplings(model, found, _protected(model, facts), facts, example_inputs)
+            found, reference = rehearsed(model, facts, parameters, run)
+            found = named(found, tensors_of(model), list(find_members(model)))
+            return Couplings(model, found, _protected(model, facts), facts, example_inputs, reference)
         finally:
             undo()
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -184,12 +185,13 @@ class _Total:
     def add(self, part: Slice, found: Tensor) -> None:
         """Scores [units, elements] of a slice."""
         where = slice(part.start, part.start + len(part.indices))
-        values = found.double().cpu()
         if self.reduce == "max":
-            self._sum[where] = torch.maximum(self._sum[where], values.amax(1))
+            self._sum[where] = torch.maximum(self._sum[where], found.amax(1).double().cpu())
+        elif self.reduce == "l2":
+            self._sum[where] += found.to(torch.float64, copy=True).square_().sum(1).cpu()
         else:
-            self._sum[where] += values.square().sum(1) if self.reduce == "l2" else values.sum(1)
-        self._count[where] += values.shape[1]
+            self._sum[where] += found.sum(1, dtype=torch.float64).cpu()
+        self._count[where] += found.shape[1]
 
     def result(self) -> Tensor | None:
         """Divided by the mean; None where some units have no elements that the criterion looks at."""
@@ -234,8 +236,12 @@ def _part(part: Slice, tensor: Tensor, seen: _Seen, seed: int) -> Part:
     def rows(values: Tensor | None) -> Tensor | None:
         if values is None:
             return None
-        picked = values.detach().movedim(part.dim, 0)[indices.reshape(-1).to(values.device)]
-        return picked.float().reshape(units, -1)
+        first, count = int(part.indices.flat[0]), part.indices.size
+        if bool((part.indices.reshape(-1) == np.arange(first, first + count)).all()):
+            picked = values.detach().narrow(part.dim, first, count)
+        else:
+            picked = values.detach().index_select(part.dim, indices.reshape(-1).to(values.device))
+        return picked.float().movedim(part.dim, 0).reshape(units, -1)
 
     moments = seen.inputs.get((part.parameter, part.dim))
     weight = rows(tensor)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -100,8 +101,9 @@ def plan(
 
     removed: dict[int, Ints] = {}
     costs = Costs(couplings)
+    asked = replace(couplings, found=[coupling for coupling in couplings if chosen(coupling)])
     for step in range(1, steps + 1):
-        found = scores or _scores(couplings, removed, criterion, batches, loss, reduce, seed)
+        found = scores or _scores(couplings, asked, removed, criterion, batches, loss, reduce, seed)
         able = candidates(
             couplings, _gone_first(couplings, found, removed), chosen, multiple, 0.0 if target is None else least
         )
@@ -260,6 +262,7 @@ def _part(value: float, step: int, steps: int) -> float:
 
 def _scores(
     couplings: Couplings,
+    asked: Couplings,
     removed: Mapping[int, Ints],
     criterion: str,
     batches: Sequence[Any],
@@ -267,14 +270,16 @@ def _scores(
     reduce: str | None,
     seed: int,
 ) -> dict[str, Tensor]:
-    """The scores of units in the model in which those that are gone are zero."""
+    """The scores of the units that are asked for, in the model in which those that are gone are zero."""
+    if not asked.found:
+        return {}
     undo: Callable[[], None] = lambda: None  # noqa: E731
     if removed:
         dead = dead_of(couplings.facts, [(couplings[number], units) for number, units in removed.items()])
         undo = mask_(couplings.model, cut_of(couplings.facts, dead))
     try:
         with evaluating(couplings.model):
-            return importance(couplings, criterion, batches=batches, loss=loss, reduce=reduce, seed=seed)
+            return importance(asked, criterion, batches=batches, loss=loss, reduce=reduce, seed=seed)
     finally:
         undo()
 
@@ -302,9 +307,9 @@ def _proven(
     with evaluating(model):
         undo = replace_(model)
         try:
-            with compared(model, run) as (reference, tolerance):
-                seen = check_removal(model, facts, pairs, run, reference)
-            seen.within(tolerance)
+            with compared(model, run, couplings.reference) as reference:
+                seen = check_removal(model, facts, pairs, run, reference.numbers)
+            seen.within(reference.tolerance)
             cut = cut_of(facts, dead_of(facts, pairs))
             if not cut.kept:
                 raise Wrong("no tensor would change; please report this")

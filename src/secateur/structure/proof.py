@@ -183,12 +183,11 @@ class Outcome:
         return (inner, where) if inner > whole else (whole, "")
 
 
-def run_listening(model: nn.Module, run: Callable[[], Any]) -> tuple[Outcome, Numbers]:
-    """The outcome of a run, and its numbers."""
+def run_listening(model: nn.Module, run: Callable[[], Any]) -> tuple[Any, Numbers]:
+    """The output of a run, and its numbers."""
     listen = Listen()
-    with plainly(model), located(model, listen.where), sketched(model) as inner, listen:
-        output = run()
-    return Outcome(returned(output), inner), listen.numbers
+    with plainly(model), located(model, listen.where), listen:
+        return run(), listen.numbers
 
 
 def returned(output: Any) -> list[Tensor]:
@@ -300,12 +299,13 @@ def _first_that_runs(
     for answer in range(len(cut.attributes)):
         undo = cut_(model, cut, answer)
         try:
-            got, numbers = run_listening(model, run)
+            with sketched(model) as inner:
+                output, numbers = run_listening(model, run)
             reference.against(numbers)
             if trains:
                 with training(model), torch.no_grad():
                     run()
-            return got, answer
+            return Outcome(returned(output), inner), answer
         except Wrong as error:
             wrong.append(error)
         except (RuntimeError, ValueError, TypeError, LookupError, AssertionError, AttributeError) as error:

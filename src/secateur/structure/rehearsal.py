@@ -12,7 +12,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -32,10 +32,27 @@ TRIES = 10  # choices of kinds, of each number that is left out; and steps of se
 SLOW = 0.5  # seconds of a forward in float64, above which the rehearsal keeps the model's own dtype
 
 
-def rehearsed(model: nn.Module, facts: Facts, parameters: set[str], run: Callable[[], Any]) -> list[Coupling]:
-    """The couplings of which some units were cut with the right result. The others get protected in `facts`."""
-    with compared(model, run) as (reference, tolerance):
-        stage = _Stage(model, facts, run, reference, tolerance)
+@dataclass(frozen=True)
+class Reference:
+    """What a cut model is compared with: the numbers of the whole model's run, in the dtype that both compute in."""
+
+    numbers: Numbers
+    dtype: torch.dtype
+
+    @property
+    def tolerance(self) -> float:
+        """How far apart outputs may be."""
+        return TOLERANCE.get(self.dtype, COARSE)
+
+
+def rehearsed(
+    model: nn.Module, facts: Facts, parameters: set[str], run: Callable[[], Any]
+) -> tuple[list[Coupling], Reference]:
+    """The couplings of which some units were cut with the right result, and what they were compared with. The others get
+    protected in `facts`.
+    """
+    with compared(model, run) as reference:
+        stage = _Stage(model, facts, run, reference)
         while True:
             found = [c for c in find_couplings(facts, parameters) if _can_lose(facts, c)]
             if failed := stage.failures(found):
@@ -51,26 +68,31 @@ def rehearsed(model: nn.Module, facts: Facts, parameters: set[str], run: Callabl
             elif together := stage.inseparable(found):
                 facts.equal_parts.append([coupling.roots for coupling in together])
             else:
-                return found
+                return found, reference
 
 
 @contextlib.contextmanager
-def compared(model: nn.Module, run: Callable[[], Any]) -> Iterator[tuple[Numbers, float]]:
-    """The numbers of a run of the whole model, and how far apart outputs may be: in float64 where that is possible."""
+def compared(model: nn.Module, run: Callable[[], Any], known: Reference | None = None) -> Iterator[Reference]:
+    """What to compare cut models with meanwhile: in float64 where that is possible. known: what was found of the same model
+    before, which saves its run.
+    """
     native = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     with contextlib.ExitStack() as stack:
-        dtype, reference = stack.enter_context(enlarged(model, torch.float64)), Numbers()
+        dtype, numbers = stack.enter_context(enlarged(model, known.dtype if known else torch.float64)), Numbers()
+        if known and known.dtype == dtype:
+            yield known
+            return
         try:
             started = time.perf_counter()
-            reference = run_listening(model, run)[1]
+            numbers = run_listening(model, run)[1]
             slow = time.perf_counter() - started > SLOW
         except (RuntimeError, TypeError, ValueError):  # some code insists on the dtype of its weights
             slow = True
         if slow and dtype != native:
             stack.pop_all().close()
             dtype = stack.enter_context(enlarged(model, native))
-            reference = run_listening(model, run)[1]
-        yield reference, TOLERANCE.get(dtype, COARSE)
+            numbers = run_listening(model, run)[1]
+        yield Reference(numbers, dtype)
 
 
 def _can_lose(facts: Facts, coupling: Coupling) -> bool:
@@ -82,11 +104,8 @@ def _can_lose(facts: Facts, coupling: Coupling) -> bool:
 class _Stage:
     """Rehearses couplings together, and apart where they fail together."""
 
-    def __init__(
-        self, model: nn.Module, facts: Facts, run: Callable[[], Any], reference: Numbers, tolerance: float
-    ) -> None:
+    def __init__(self, model: nn.Module, facts: Facts, run: Callable[[], Any], reference: Reference) -> None:
         self._model, self._facts, self._run, self._reference = model, facts, run, reference
-        self._tolerance = tolerance
         self._grains: dict[object, int | None] = {}
 
     def failures(self, found: Sequence[Coupling]) -> list[tuple[Coupling, str]]:
@@ -205,7 +224,8 @@ class _Stage:
 
     def _wrong(self, removed: Sequence[tuple[Coupling, Ints]]) -> str | None:
         try:
-            check_removal(self._model, self._facts, removed, self._run, self._reference).within(self._tolerance)
+            seen = check_removal(self._model, self._facts, removed, self._run, self._reference.numbers)
+            seen.within(self._reference.tolerance)
         except (Clash, Wrong) as error:
             return str(error)
         return None
