@@ -11,12 +11,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from nets import NETS
 
-from secateur.structure import Couplings, trace
+from secateur.structure import Couplings, plan, trace
 from secateur.structure.attention import replace_
-from secateur.structure.proof import Wrong, check, run_listening
+from secateur.structure.plans import RECOMPUTED
+from secateur.structure.proof import Masked, Wrong, check, returned, run_listening
 from secateur.structure.rehearsal import check_removal, enlarged
 from secateur.structure.running import runner
-from secateur.structure.surgery import Cut, cut_of, dead_of
+from secateur.structure.surgery import Cut, cut_of, dead_of, mask_
+from secateur.structure.watch import located, plainly
 
 EXACT = 1e-9
 REFUSED = {  # what must not be offered for removal, and a word of the reason
@@ -165,6 +167,36 @@ def test_a_wrong_cut_is_caught(name, traced):
             assert caught >= 2
     finally:
         undo()
+
+
+@pytest.mark.parametrize("name", [n for n in NETS if n not in ("fixed view", "in place writes")])
+def test_what_was_traced_says_what_is_left_where_the_masked_run_is_not_followed(name, traced):
+    """Norms, means and maxima over what is left, from the record of the traced run and found out anew."""
+    couplings = traced[name]
+    model, facts = couplings.model, couplings.facts
+    dead = dead_of(facts, [(c, np.concatenate([b[: len(b) // c.steps] for b in c.blocks])) for c in couplings])
+    undo = [replace_(model), mask_(model, cut_of(facts, dead))]
+    found = []
+    try:
+        for follows in (False, True):
+            masked = Masked(model, facts, dead, follows)
+            with plainly(model), located(model, masked.where), masked:
+                found.append((returned(runner(model, couplings.inputs)()), masked.restricted))
+    finally:
+        for step in reversed(undo):
+            step()
+    (known, restricted), (anew, again) = found
+    assert restricted == again
+    assert all(torch.equal(one, other) for one, other in zip(known, anew, strict=True))
+
+
+def test_a_run_that_goes_another_way_than_the_traced_one_is_followed(traced, monkeypatch):
+    couplings = traced["heads that norms run over"]
+    coupling = next(c for c in couplings if not c.exact)
+    monkeypatch.setattr(couplings.facts, "reduced", couplings.facts.reduced[1:])
+    found = plan(couplings, remove={coupling.name: 0.5}, multiple=1)
+    assert found.difference < EXACT
+    assert found.promise == RECOMPUTED
 
 
 def _is_caught(couplings, right, tensor, dims, dead, run, reference) -> bool:

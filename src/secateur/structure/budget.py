@@ -65,7 +65,7 @@ class Costs:
             known = [np.where(c >= 0, self._owner[np.maximum(c, 0)], -1) for c in self._facts.ids.factors(dim)]
             owners: Ints = np.sort(np.stack(known), axis=0) if known else np.zeros((0, len(dim)), np.int64)
             alike: Ints = np.zeros(len(dim), np.int64)  # by the couplings of an index, as far as seen
-            for row in owners:
+            for row in owners if len(dim) and (owners != owners[:, :1]).any() else ():
                 alike = np.unique(alike * (len(self._owner) + 1) + row + 1, return_inverse=True)[1]
             _, first, counts = np.unique(alike, return_index=True, return_counts=True)
             self._known[id(dim)] = tuple(

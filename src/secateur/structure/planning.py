@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -80,7 +80,7 @@ def plan(
         raise SecateurError("say either what to remove ({'ffn': 0.3}) or what may remain (target={'macs': 0.5})")
     if units is not None:
         chosen_units = _by_number(couplings, units)
-        return _proven(couplings, chosen_units, Costs(couplings), lambda coupling: coupling.name in units)
+        return _proven(couplings, chosen_units, Costs(couplings), units)
     if remove is not None and include:
         raise SecateurError("include is for a target: remove says itself of what something goes")
     if allocation not in ALLOCATIONS:
@@ -102,11 +102,11 @@ def plan(
     removed: dict[int, Ints] = {}
     costs = Costs(couplings)
     asked = replace(couplings, found=[coupling for coupling in couplings if chosen(coupling)])
+    names = {coupling.name for coupling in asked}
     for step in range(1, steps + 1):
         found = scores or _scores(couplings, asked, removed, criterion, batches, loss, reduce, seed)
-        able = candidates(
-            couplings, _gone_first(couplings, found, removed), chosen, multiple, 0.0 if target is None else least
-        )
+        found = {name: values for name, values in _gone_first(couplings, found, removed).items() if name in names}
+        able = candidates(couplings, found, multiple, 0.0 if target is None else least)
         if remove is not None:
             removed = by_ratio(able, {key: _part(value, step, steps) for key, value in remove.items()})
         else:
@@ -117,7 +117,7 @@ def plan(
             removed = by_budget(couplings, costs, able, part, allocation)
     if not removed:
         raise SecateurError("nothing would go: the request is smaller than a single step of every coupling")
-    return _proven(couplings, removed, costs, chosen)
+    return _proven(couplings, removed, costs, names)
 
 
 def _by_number(couplings: Couplings, units: Mapping[str, Sequence[int]]) -> dict[int, Ints]:
@@ -297,9 +297,7 @@ def _gone_first(
     return result
 
 
-def _proven(
-    couplings: Couplings, removed: Mapping[int, Ints], costs: Costs, chosen: Callable[[Coupling], bool]
-) -> Plan:
+def _proven(couplings: Couplings, removed: Mapping[int, Ints], costs: Costs, asked: Container[str]) -> Plan:
     """The plan, after the cut model was compared with the masked one. Raises SecateurError when they differ."""
     model, facts = couplings.model, couplings.facts
     run = runner(model, couplings.inputs)
@@ -322,7 +320,7 @@ def _proven(
             ) from None
         finally:
             undo()
-    removals = tuple(_removal(c, removed.get(number), chosen(c)) for number, c in enumerate(couplings))
+    removals = tuple(_removal(c, removed.get(number), c.name in asked) for number, c in enumerate(couplings))
     shares = {number: 1 - len(units) / couplings[number].size for number, units in removed.items()}
     return Plan(
         type(model).__name__,
@@ -338,9 +336,9 @@ def _proven(
     )
 
 
-def _removal(coupling: Coupling, units: Ints | None, chosen: bool) -> Removal:
+def _removal(coupling: Coupling, units: Ints | None, asked: bool) -> Removal:
     left = np.ones(coupling.size, bool)
     if units is not None:
         left[units] = False
-    why = "" if units is not None else "as important as what stays" if chosen else "not asked for"
+    why = "" if units is not None else "as important as what stays" if asked else "not asked for"
     return Removal(coupling.name, coupling.kind, coupling.size, ranges(np.flatnonzero(left)), coupling.exact, why)

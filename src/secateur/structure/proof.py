@@ -20,14 +20,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from secateur.structure.identities import Dim
 from secateur.structure.inner import Sketches, farthest, sketched
+from secateur.structure.rules import REDUCED
+from secateur.structure.rules.call import Dims
 from secateur.structure.surgery import Cut, alive_in, cut_, mask_, narrowed
 from secateur.structure.watch import Facts, Watch, another_run, located, outputs_of, plainly, training
 
-NORMS = frozenset({"native_layer_norm", "native_group_norm", "_fused_rms_norm"})
+NORMS = frozenset({"native_layer_norm", "native_group_norm", "_fused_rms_norm"})  # other reductions have no weights
 DOES_NOT_RUN = "the cut model does not run"
 SAME = 1e-5  # relative difference of outputs that need no closer look
-REDUCTIONS = frozenset({"mean", "sum", "var", "var_mean", "std", "std_mean", "norm", "linalg_vector_norm"})
-EXTREMES = frozenset({"amax", "amin", "max", "min", "aminmax"})
 
 
 class Wrong(Exception):
@@ -79,12 +79,21 @@ class Listen(TorchDispatchMode):
         return out
 
 
-class Masked(Watch):
-    """What a masked model is run under: norms, means and maxima run over the indices that are left."""
+class Astray(Exception):
+    """A run that does not reduce what the traced one did, call by call."""
 
-    def __init__(self, model: nn.Module, facts: Facts, dead: NDArray[np.bool_]) -> None:
+
+class Masked(Watch):
+    """What a masked model is run under: norms, means and maxima run over the indices that are left.
+
+    Which these are is known from the traced run, where this one goes the same way; it raises Astray where it does not.
+    follows: find out anew instead, which takes longer.
+    """
+
+    def __init__(self, model: nn.Module, facts: Facts, dead: NDArray[np.bool_], follows: bool = True) -> None:
         super().__init__(model, another_run(facts))
-        self._dead = dead
+        self._dead, self._follows = dead, follows
+        self._known = iter(facts.reduced)
         self.restricted = False
 
     def _alive(self, dim: Dim) -> NDArray[np.bool_] | None:
@@ -99,8 +108,7 @@ class Masked(Watch):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name.removeprefix("aten::")
-        extreme = name in EXTREMES and not (len(args) > 1 and isinstance(args[1], Tensor))
-        if name in NORMS or name in REDUCTIONS or extreme:
+        if name in REDUCED:
             call = _restricted_norm if name in NORMS else _restricted_reduction
             kept = self._kept(name, func, args, kwargs or {})
             if kept:
@@ -109,7 +117,7 @@ class Masked(Watch):
                 results = [value for value in (out if isinstance(out, tuple) else [out]) if isinstance(value, Tensor)]
                 self._follow(func, args, kwargs or {}, results)
                 return out
-        out = super().__torch_dispatch__(func, types, args, kwargs)
+        out = super().__torch_dispatch__(func, types, args, kwargs) if self._follows else func(*args, **(kwargs or {}))
         if name == "_weight_norm_interface":
             out[0].nan_to_num_(0.0)  # of a row that is zero and stays so
         return out
@@ -117,11 +125,27 @@ class Masked(Watch):
     def _kept(self, name: str, func: Any, args: Any, kwargs: Any) -> dict[int, Tensor]:
         """Dimension that is reduced over -> its indices that are left, where some are not."""
         x, found = args[0], {}
-        for place in _reduced_places(name, func, args, kwargs):
-            alive = self._alive(self.dims_of(x)[place])
+        dims = self._dims_at(name, x)
+        between = name in ("max", "min") and len(args) > 1 and isinstance(args[1], Tensor)  # two tensors
+        for place in [] if between else _reduced_places(name, func, args, kwargs):
+            alive = self._alive(dims[place])
             if alive is not None and not alive.all():
                 found[place] = torch.from_numpy(np.flatnonzero(alive)).to(x.device)
         return found
+
+    def _dims_at(self, name: str, x: Tensor) -> Dims:
+        if self._follows:
+            return self.dims_of(x)
+        before, dims = next(self._known, ("", []))
+        if before != name or [len(dim) for dim in dims if dim is not None] != [
+            size for size, dim in zip(x.shape, dims, strict=False) if dim is not None
+        ]:
+            raise Astray
+        return dims
+
+    def _follow(self, func: Any, args: Any, kwargs: Any, results: list[Tensor]) -> None:
+        if self._follows:
+            super()._follow(func, args, kwargs, results)
 
 
 def _reduced_places(name: str, func: Any, args: Any, kwargs: Any) -> list[int]:
@@ -321,12 +345,20 @@ def _masked_outcome(
     """That of the masked model, and whether a norm, mean or maximum ran over what is left."""
     undo = mask_(model, cut)
     try:
-        masked = Masked(model, facts, dead)
-        with plainly(model), located(model, masked.where), sketched(model, _narrower(facts, dead)) as inner, masked:
-            output = run()
-        return Outcome(returned(output), inner), masked.restricted
+        try:
+            return _run_masked(model, facts, Masked(model, facts, dead, follows=False), run, dead)
+        except Astray:
+            return _run_masked(model, facts, Masked(model, facts, dead), run, dead)
     finally:
         undo()
+
+
+def _run_masked(
+    model: nn.Module, facts: Facts, masked: Masked, run: Callable[[], Any], dead: NDArray[np.bool_]
+) -> tuple[Outcome, bool]:
+    with plainly(model), located(model, masked.where), sketched(model, _narrower(facts, dead)) as inner, masked:
+        output = run()
+    return Outcome(returned(output), inner), masked.restricted
 
 
 def difference(want: Sequence[Tensor], got: Sequence[Tensor]) -> float:

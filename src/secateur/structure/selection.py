@@ -55,14 +55,13 @@ class Candidate:
 def candidates(
     couplings: Couplings,
     scores: Mapping[str, Tensor],
-    chosen: Callable[[Coupling], bool],
     multiple: int | None,
     least: float,
 ) -> list[Candidate]:
-    """The couplings that are chosen and have scores, with their units in the order in which they go."""
+    """The couplings that have scores, with their units in the order in which they go."""
     found = []
     for number, coupling in enumerate(couplings):
-        if not chosen(coupling) or coupling.name not in scores:
+        if coupling.name not in scores:
             continue
         values = scores[coupling.name].double().cpu().numpy()
         order = tuple(block[np.argsort(values[block], kind="stable")] for block in coupling.blocks)

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from secateur.errors import SecateurError
 from secateur.structure.identities import Dim, Identities, Indices
-from secateur.structure.rules import RULES, views
+from secateur.structure.rules import REDUCED, RULES, views
 from secateur.structure.rules.call import Call, Dims, Seen, Work, seen_in
 from secateur.structure.rules.pointwise import elementwise, unary, unknown
 from secateur.structure.sizes import Key, Use, Uses, remembered
@@ -37,6 +37,7 @@ class Facts:
     equal_parts: list[list[Dim]] = field(default_factory=list)  # of which the same share has to stay
     grains: list[tuple[Indices, int]] = field(default_factory=list)  # that go so many at a time
     reductions: list[tuple[Dim, str]] = field(default_factory=list)  # and the module that does it
+    reduced: list[tuple[str, Dims]] = field(default_factory=list)  # by norms, sums and maxima, call by call
     unknown: dict[str, str] = field(default_factory=dict)  # operator -> module where it was seen first
     uses: list[Use] = field(default_factory=list)
     compared: dict[Key, tuple[int, str]] = field(default_factory=dict)  # attributes that were: value, owner's path
@@ -134,6 +135,8 @@ class Watch(TorchDispatchMode):
         if rule is not unary and rule.__module__ != views.__name__:
             for operand in seen_in(named):
                 self.read |= {id(dim): dim for dim in operand.dims if dim is not None}
+        if name in REDUCED:
+            self.facts.reduced.append((name, list(seen[0].dims)))
         shapes = [tuple(result.shape) for result in results]
         reductions: list[Dim] = []
         facts = self.facts

@@ -163,3 +163,5 @@ RULES: dict[str, Rule] = {
     **_rows(constant, "_local_scalar_dense item is_nonzero equal randint isin searchsorted bucketize one_hot"),
     **_rows(constant, "unique_consecutive _unique2 _is_all_true _is_any_true affine_grid_generator"),
 }
+# what runs over indices that go, and has to run over those that are left
+REDUCED = frozenset(name for name, rule in RULES.items() if rule in (layer_norm, group_norm, reduction, largest))
