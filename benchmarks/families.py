@@ -393,12 +393,12 @@ def main() -> None:
     write(path, {"seconds": round(time.perf_counter() - started), "families": ordered, "machine": machine()})
 
 
-def quiet() -> None:
-    """One thread, and no reports of loading."""
+def quiet(threads: int = 1) -> None:
+    """Few threads, and no reports of loading."""
     from transformers.utils import logging
 
     os.environ["HF_HUB_OFFLINE"] = "1"
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 

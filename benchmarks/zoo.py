@@ -570,7 +570,8 @@ def main() -> None:
     path = RESULTS / "zoo.json"
     rows: dict[str, Any] = json.loads(path.read_text())["models"] if path.exists() else {}
     started = time.perf_counter()
-    with ProcessPoolExecutor(args.jobs, initializer=families.quiet) as pool:
+    threads = max(1, torch.get_num_threads() // args.jobs)
+    with ProcessPoolExecutor(args.jobs, initializer=families.quiet, initargs=(threads,)) as pool:
         for name, found in zip(names, pool.map(examine, names, [tools] * len(names)), strict=True):
             rows[name] = rows.get(name, {}) | found
             shown = " | ".join(f"{tool}: {row['verdict']}" for tool, row in found.items())

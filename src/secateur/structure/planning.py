@@ -21,8 +21,8 @@ from secateur.structure.couplings import Couplings
 from secateur.structure.criteria import importance
 from secateur.structure.experts import check_experts, experts_cut, keep_experts, mixtures
 from secateur.structure.plans import RECOMPUTED, Attribute, Plan, Removal, Tensors, describe, ranges, sizes_of
-from secateur.structure.proof import Wrong
-from secateur.structure.rehearsal import check_removal, compared
+from secateur.structure.proof import Wrong, check
+from secateur.structure.rehearsal import compared
 from secateur.structure.running import Inputs, evaluating, runner
 from secateur.structure.selection import (
     LEAST,
@@ -305,12 +305,13 @@ def _proven(couplings: Couplings, removed: Mapping[int, Ints], costs: Costs, ask
     with evaluating(model):
         undo = replace_(model)
         try:
-            with compared(model, run, couplings.reference) as reference:
-                seen = check_removal(model, facts, pairs, run, reference.numbers)
-            seen.within(reference.tolerance)
-            cut = cut_of(facts, dead_of(facts, pairs))
+            dead = dead_of(facts, pairs)
+            cut = cut_of(facts, dead)
             if not cut.kept:
                 raise Wrong("no tensor would change; please report this")
+            with compared(model, run, couplings.reference) as reference:
+                seen = check(model, facts, cut, run, reference.numbers, dead)
+            seen.within(reference.tolerance)
             kept = _changes(model, cut)
             attributes = _attributes(model, cut.attributes[seen.answer])
         except (Clash, Wrong) as error:
