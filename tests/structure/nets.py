@@ -995,3 +995,21 @@ def sampled_by_heads():
             return self.out(mixed.view(batch, self.heads, -1, length).flatten(1, 2).transpose(1, 2))
 
     return Net(), (tokens(), image())
+
+
+@net
+def heads_in_halves():
+    """The first half of the heads does something else, and which these are is counted by half of an attribute."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.heads = 8
+            self.enter, self.leave = nn.Linear(16, 32), nn.Linear(32, 6)
+
+        def forward(self, x):
+            x = self.enter(x).view(*x.shape[:2], self.heads, -1)
+            half = self.heads // 2
+            return self.leave(torch.cat([x[:, :, :half].tanh(), x[:, :, half:].square()], 2).flatten(2))
+
+    return Net(), tokens()

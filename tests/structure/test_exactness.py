@@ -51,6 +51,7 @@ EXPECTED = {  # kinds of structure, with sizes, that have to be found
     "sizes in records": {("heads", 4), ("head_dim", 5), ("units", 16)},
     "sizes that are only compared": {("units", 12), ("units", 18), ("units", 20)},
     "view that counts in fours": {("channels", 32), ("channels", 16)},
+    "heads in halves": {("heads", 8), ("head_dim", 4)},
 }
 
 
@@ -145,6 +146,12 @@ def test_units_that_only_go_several_at_a_time(traced):
     first = next(c for c in traced["view that counts in fours"] if c.size == 32)
     assert (first.grain, first.steps) == (4, 8)
     assert str(first).splitlines()[0].endswith("32 units, 4 at a time")
+
+
+def test_what_the_code_takes_in_halves_keeps_as_much_of_each(traced):
+    """Cut at both ends, halves stay in balance by chance: cutting at one end alone tells."""
+    heads = next(c for c in traced["heads in halves"] if c.kind == "heads")
+    assert sorted(block.tolist() for block in heads.blocks) == [[0, 1, 2, 3], [4, 5, 6, 7]]
 
 
 @pytest.mark.parametrize("name", [n for n in NETS if n not in ("fixed view", "in place writes")])

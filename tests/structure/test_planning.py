@@ -206,6 +206,9 @@ def test_protected_kinds_and_globs_are_left_alone(traced):
         ({"remove": {"units": 0.5}, "scores": {"head:units": torch.ones(3)}}, "scores of head:units"),
         ({"remove": {"units": 0.5}, "scores": {"attention:heads": torch.ones(3)}}, "expected 4 numbers"),
         ({"remove": {"units": 0.001}}, "nothing would go"),
+        ({"remove": {"units": 0.5}, "multiple": 0}, "expected a width of 1 or more"),
+        ({"target": {"macs": 0.5}, "least": 1.5}, "share between 0 and 1"),
+        ({"target": {"macs": 0.5}, "steps": 0}, "1 step or more"),
     ],
 )
 def test_bad_requests_are_one_clear_error(request_, words, traced):

@@ -95,6 +95,8 @@ def test_modules_of_your_own_load_into_a_fresh_one(name, tmp_path):
     found = plan(trace(model.eval(), inputs), target={"params": 0.6}, least=0.05)
     apply_(model, found, inputs)
     save(model, [found], tmp_path, checks=[inputs])
+    with pytest.raises(SecateurError, match="give one from before the cut"):
+        load(tmp_path)
     again = load(tmp_path, fresh)
     with torch.no_grad():
         torch.testing.assert_close(again(inputs), model(inputs), rtol=1e-6, atol=1e-7)

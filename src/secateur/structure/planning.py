@@ -86,6 +86,11 @@ def plan(
     if allocation not in ALLOCATIONS:
         raise SecateurError(f"unknown allocation {allocation!r}; known for structure: {', '.join(ALLOCATIONS)}")
     _check_shares(remove or {}, target or {})
+    if not (multiple is None or multiple >= 1) or not 0 <= least <= 1 or steps < 1:
+        raise SecateurError(
+            f"multiple {multiple}, least {least}, steps {steps}: expected a width of 1 or more, a share between 0 and 1, "
+            "and 1 step or more"
+        )
     _check_scores(couplings, scores or {})
     check_patterns(couplings, [*(remove or {}), *include])
     check_patterns(couplings, protect, touches)

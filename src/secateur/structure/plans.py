@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -179,9 +178,9 @@ def ranges(indices: Ints) -> Ranges:
     """Ascending indices as half-open ranges."""
     if not len(indices):
         return ()
-    breaks = np.flatnonzero(np.diff(indices) != 1) + 1
-    edges = [0, *breaks.tolist(), len(indices)]
-    return tuple((int(indices[a]), int(indices[b - 1]) + 1) for a, b in itertools.pairwise(edges))
+    breaks = np.flatnonzero(np.diff(indices) != 1)
+    starts, stops = indices[np.append(0, breaks + 1)], indices[np.append(breaks, len(indices) - 1)] + 1
+    return tuple(zip(starts.tolist(), stops.tolist(), strict=True))
 
 
 def indices_of(kept: Ranges) -> Ints:

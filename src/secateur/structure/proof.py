@@ -26,12 +26,15 @@ from secateur.structure.surgery import Cut, alive_in, cut_, mask_, narrowed
 from secateur.structure.watch import Facts, Watch, another_run, located, outputs_of, plainly, training
 
 NORMS = frozenset({"native_layer_norm", "native_group_norm", "_fused_rms_norm"})  # other reductions have no weights
-DOES_NOT_RUN = "the cut model does not run"
 SAME = 1e-5  # relative difference of outputs that need no closer look
 
 
 class Wrong(Exception):
     """A cut that does not compute what it should."""
+
+
+class DoesNotRun(Wrong):
+    """A cut with which the model raises an error."""
 
 
 @dataclass
@@ -333,7 +336,7 @@ def _first_that_runs(
         except Wrong as error:
             wrong.append(error)
         except (RuntimeError, ValueError, TypeError, LookupError, AssertionError, AttributeError) as error:
-            wrong.append(Wrong(f"{DOES_NOT_RUN}: {_first_line(error)}{_line_of(error)}"))
+            wrong.append(DoesNotRun(f"the cut model does not run: {_first_line(error)}{_line_of(error)}"))
         finally:
             undo()
     raise wrong[0]

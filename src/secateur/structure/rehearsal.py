@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from secateur.structure.coupling import Coupling, Ints, find_couplings
-from secateur.structure.proof import DOES_NOT_RUN, Checked, Numbers, Wrong, check, run_listening
+from secateur.structure.proof import Checked, DoesNotRun, Numbers, Wrong, check, run_listening
 from secateur.structure.sizes import Clash
 from secateur.structure.surgery import cut_of, dead_of
 from secateur.structure.watch import Facts, tensors_of
@@ -28,7 +28,10 @@ from secateur.structure.watch import Facts, tensors_of
 SMALL = 200_000_000  # parameters of a model that is rehearsed in float64
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}  # of the largest output; some models compute in float32 inside
 COARSE = 0.1  # of 16-bit types
+PARTS = (2, 3, 4)  # that code may take something in
 TRIES = 10  # choices of kinds, of each number that is left out; and steps of several units
+ALL_OF_IT = "nothing can go without all of it going"
+Problem = Clash | Wrong
 SLOW = 0.5  # seconds of a forward in float64, above which the rehearsal keeps the model's own dtype
 
 
@@ -55,18 +58,27 @@ def rehearsed(
         stage = _Stage(model, facts, run, reference)
         while True:
             found = [c for c in find_couplings(facts, parameters) if _can_lose(facts, c)]
+            first = stage.first_of_each(found)
             if failed := stage.failures(found):
                 if ties := stage.by_share([coupling for coupling, _ in failed]):
                     for tie in ties:
                         facts.equal_parts.append([coupling.roots for coupling in tie])
                     continue
                 for coupling, reason in failed:
-                    if reason.startswith(DOES_NOT_RUN) and (grain := stage.coarser(coupling)):
+                    if isinstance(reason, DoesNotRun) and (grain := stage.coarser(coupling)):
                         facts.grains.append((coupling.roots, grain))
                     else:
-                        facts.ids.protect(coupling.roots, reason)
-            elif together := stage.inseparable(found):
+                        facts.ids.protect(coupling.roots, str(reason))
+            elif (lopsided := stage.at_the_front(first)) is None and len(first) < len(found):
+                return found, reference
+            elif together := stage.inseparable(found, first):
                 facts.equal_parts.append([coupling.roots for coupling in together])
+            elif lopsided and (uneven := stage.uneven(found, first)):
+                for coupling, reason in uneven:
+                    if parts := stage.parts(coupling):
+                        facts.equal_parts.append([coupling.roots[part] for part in parts])
+                    else:
+                        facts.ids.protect(coupling.roots, str(reason))
             else:
                 return found, reference
 
@@ -97,7 +109,7 @@ def compared(model: nn.Module, run: Callable[[], Any], known: Reference | None =
 
 def _can_lose(facts: Facts, coupling: Coupling) -> bool:
     if coupling.steps < 2:
-        facts.ids.protect(coupling.roots, "nothing can go without all of it going")
+        facts.ids.protect(coupling.roots, ALL_OF_IT)
     return coupling.steps >= 2
 
 
@@ -107,8 +119,9 @@ class _Stage:
     def __init__(self, model: nn.Module, facts: Facts, run: Callable[[], Any], reference: Reference) -> None:
         self._model, self._facts, self._run, self._reference = model, facts, run, reference
         self._grains: dict[object, int | None] = {}
+        self._parts: dict[object, list[Ints]] = {}
 
-    def failures(self, found: Sequence[Coupling]) -> list[tuple[Coupling, str]]:
+    def failures(self, found: Sequence[Coupling]) -> list[tuple[Coupling, Problem]]:
         """Couplings that cannot be cut, and why."""
         if self.problem(found) is None:
             return []
@@ -125,21 +138,41 @@ class _Stage:
                     failed += [(coupling, reason) for coupling in alike]
         return failed
 
-    def inseparable(self, found: Sequence[Coupling]) -> list[Coupling]:
+    def inseparable(self, found: Sequence[Coupling], first: Sequence[Coupling]) -> list[Coupling]:
         """Couplings that pass together but not alone, such as heads that one number counts in every layer.
 
         The first ones of every kind are tried together, and alone where that fails.
         """
-        first: dict[object, Coupling] = {}
-        for coupling in found:
-            first.setdefault(_likeness(coupling), coupling)
-        if len(first) < len(found) and self.problem(list(first.values())) is None:
+        if len(first) < len(found) and self.problem(first) is None:
             return []
-        for coupling in first.values():
+        for coupling in first:
             others = [other for other in found if other is not coupling]
             if others and (partners := self._partners([coupling], others)):
                 return [coupling, *partners]
         return []
+
+    def first_of_each(self, found: Sequence[Coupling]) -> list[Coupling]:
+        """One of every kind."""
+        first: dict[object, Coupling] = {}
+        for coupling in found:
+            first.setdefault(_likeness(coupling), coupling)
+        return list(first.values())
+
+    def uneven(self, found: Sequence[Coupling], first: Sequence[Coupling]) -> list[tuple[Coupling, Problem]]:
+        """Couplings that can be cut at both ends, but not at one of them, such as heads that the code takes in halves."""
+        wrong = {_likeness(coupling): self.at_the_front([coupling]) for coupling in first}
+        return [(coupling, problem) for coupling in found if (problem := wrong[_likeness(coupling)]) is not None]
+
+    def parts(self, coupling: Coupling) -> list[Ints]:
+        """Halves, thirds or quarters that can be cut, the same share of each; none where that does not help."""
+        key = _likeness(coupling), coupling.size
+        if key not in self._parts:
+            counts = [n for n in PARTS if coupling.size % n == 0 and coupling.size > n and len(coupling.blocks) == 1]
+            tried = [np.split(np.arange(coupling.size), n) for n in counts]
+            able = [replace(coupling, blocks=tuple(blocks)) for blocks in tried]
+            passed = (c for c in able if self.at_the_front([c]) is None and self.problem([c]) is None)
+            self._parts[key] = list(next(passed, coupling).blocks)
+        return self._parts[key] if len(self._parts[key]) > 1 else []
 
     def by_share(self, failed: Sequence[Coupling]) -> list[list[Coupling]]:
         """Couplings that fail, but pass when they lose the same share: the width and the heads, where the code divides one
@@ -176,7 +209,7 @@ class _Stage:
             self._grains[likeness] = next(passes, None) if len(coupling.blocks) == 1 else None
         return self._grains[likeness]
 
-    def _shared(self, found: Sequence[Coupling]) -> str | None:
+    def _shared(self, found: Sequence[Coupling]) -> Problem | None:
         """What is wrong when all of these lose the same share."""
         return self.problem(found, math.gcd(*(coupling.steps for coupling in found)))
 
@@ -184,7 +217,7 @@ class _Stage:
         self,
         fixed: list[Coupling],
         others: list[Coupling],
-        problem: Callable[[Sequence[Coupling]], str | None] | None = None,
+        problem: Callable[[Sequence[Coupling]], Problem | None] | None = None,
     ) -> list[Coupling]:
         """The fewest others without which the fixed ones fail, knowing that with all others they pass."""
         problem = problem or self.problem
@@ -199,7 +232,7 @@ class _Stage:
         needed = self._partners([*fixed, *other], one, problem)
         return needed + self._partners([*fixed, *needed], other, problem)
 
-    def _among(self, alike: list[Coupling]) -> list[tuple[Coupling, str]]:
+    def _among(self, alike: list[Coupling]) -> list[tuple[Coupling, Problem]]:
         """Failures among couplings of one kind: all of them where the first one fails alone."""
         if not alike or (reason := self.problem(alike)) is None:
             return []
@@ -210,24 +243,30 @@ class _Stage:
         half = max(len(alike) // 2, 1)
         return self._among(alike[:half]) + self._among(alike[half:]) or [(coupling, reason) for coupling in alike]
 
-    def problem(self, found: Sequence[Coupling], shares: int | None = None) -> str | None:
+    def problem(self, found: Sequence[Coupling], shares: int | None = None) -> Problem | None:
         """What is wrong when these lose some steps of units each, or some of so many equal shares; None when nothing is.
 
         What goes by shares is tried at one end as well: there are few, and both ends alike may leave halves in balance.
         """
         if shares == 1:
-            return "nothing can go without all of it going"
+            return Wrong(ALL_OF_IT)
         wrong = self._wrong([(coupling, ends(coupling, shares)) for coupling in found])
         if wrong is None and shares:
             wrong = self._wrong([(coupling, share(coupling, coupling.steps // shares)) for coupling in found])
         return wrong
 
-    def _wrong(self, removed: Sequence[tuple[Coupling, Ints]]) -> str | None:
+    def at_the_front(self, found: Sequence[Coupling]) -> Problem | None:
+        """What is wrong when these lose half of their units, all from the front: unlike what goes at both ends, that leaves
+        nothing in balance by chance.
+        """
+        return self._wrong([(coupling, share(coupling, coupling.steps // 2)) for coupling in found])
+
+    def _wrong(self, removed: Sequence[tuple[Coupling, Ints]]) -> Problem | None:
         try:
             seen = check_removal(self._model, self._facts, removed, self._run, self._reference.numbers)
             seen.within(self._reference.tolerance)
         except (Clash, Wrong) as error:
-            return str(error)
+            return error
         return None
 
 
@@ -280,6 +319,12 @@ def _likeness(coupling: Coupling) -> object:
     return frozenset(names), len(coupling.blocks) > 1
 
 
+def _constant(data: Tensor) -> bool:
+    """Whether all elements are equal. Where the first ones are not, the others need not be read."""
+    flat = data.flatten()
+    return len(flat) < 2 or (bool((flat[:64] == flat[0]).all()) and bool((flat == flat[0]).all()))
+
+
 @contextlib.contextmanager
 def enlarged(model: nn.Module, wanted: torch.dtype = torch.float64) -> Iterator[torch.dtype]:
     """Small models compute in another dtype meanwhile, with constant tensors disturbed. Yields the dtype to compare in."""
@@ -293,7 +338,7 @@ def enlarged(model: nn.Module, wanted: torch.dtype = torch.float64) -> Iterator[
     try:
         for tensor, data in before:
             tensor.data = data.to(wanted, copy=True)
-            if isinstance(tensor, nn.Parameter) and (data.numel() < 2 or bool((data == data.flatten()[0]).all())):
+            if isinstance(tensor, nn.Parameter) and _constant(data):
                 noise = 0.05 * torch.randn(data.shape, generator=generator, dtype=torch.float64)
                 tensor.data += noise.to(data.device, wanted)
         yield wanted

@@ -168,6 +168,10 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     path = Path(path)
     content = _manifest(path)
     plans = [Plan.from_json(values) for values in content["plans"]]
+    if model is None and not (path / "config.json").exists():
+        raise SecateurError(
+            f"{path} holds a {plans[0].model} of your own: give one from before the cut, secateur.load(path, model=...)"
+        )
     if model is None:
         model = _stock_model(path) if content["loads with"] == STOCK else _rebuilt(path, plans)
     else:

@@ -41,12 +41,19 @@ def dead_of(facts: Facts, removed: Iterable[tuple[Coupling, NDArray[np.int64]]])
 def cut_of(facts: Facts, dead: NDArray[np.bool_]) -> Cut:
     """The cut that leaves what has no dead factor. Raises Clash where an attribute cannot follow."""
     kept: dict[str, dict[int, Keep]] = {}
+    known: dict[int, NDArray[np.bool_] | None] = {}
+
+    def alive_of(dim: Dim) -> NDArray[np.bool_] | None:
+        if id(dim) not in known:
+            known[id(dim)] = alive_in(facts, dim, dead)
+        return known[id(dim)]
+
     for name, dims in facts.dims.items():
         for place, dim in enumerate(dims):
-            alive = alive_in(facts, dim, dead)
+            alive = alive_of(dim)
             if alive is not None and not alive.all():
                 kept.setdefault(name, {})[place] = np.flatnonzero(alive)
-    answers = solve(facts.uses, lambda dim: _count(facts, dim, dead))
+    answers = solve(facts.uses, lambda dim: 0 if (alive := alive_of(dim)) is None else int(alive.sum()))
     tried = list(answers)
     for guess in _compared(facts, kept):
         tried += [new for answer in answers if (new := guess | answer) not in tried]
@@ -83,11 +90,6 @@ def alive_in(facts: Facts, dim: Dim, dead: NDArray[np.bool_]) -> NDArray[np.bool
     return alive
 
 
-def _count(facts: Facts, dim: Dim, dead: NDArray[np.bool_]) -> int:
-    alive = alive_in(facts, dim, dead)
-    return 0 if alive is None else int(alive.sum())
-
-
 def cut_(model: nn.Module, cut: Cut, answer: int = 0) -> Callable[[], None]:
     """Narrow tensors and set attributes. Returns what undoes it."""
     undo: list[Callable[[], None]] = []
@@ -115,10 +117,12 @@ def _own(model: nn.Module, owner: Any) -> tuple[Any, list[Callable[[], None]]]:
     """What may change: a module or a config of transformers itself, of other settings a copy that the modules get in their
     place, since they may be the caller's. And what undoes it.
     """
+    if isinstance(owner, nn.Module) or hasattr(owner, "to_dict"):
+        return owner, []
     tables = [
         (vars(module), key) for module in model.modules() for key, value in vars(module).items() if value is owner
     ]
-    if isinstance(owner, nn.Module) or hasattr(owner, "to_dict") or not tables:
+    if not tables:
         return owner, []
     mine = copy.copy(owner)
     return mine, [_set(table, key, -1, mine) for table, key in tables]
