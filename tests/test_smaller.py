@@ -9,12 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from conftest import fingerprint, save_llama, save_tokenizer, text
 from secateur import options
 from secateur.cli import app
+from secateur.data import windows
 from secateur.errors import SecateurError
 from secateur.smaller import Smaller, remove
 from secateur.structure import load, plan, trace
@@ -367,7 +368,28 @@ def test_what_loads_with_us_alone_is_not_cut_again(folder, tmp_path):
     found = run("prune", tmp_path / "once", "--remove", "ffn=50%", "--out", tmp_path / "twice")
     assert found.exit_code == 2
     assert "was cut by secateur before" in found.stderr
+    found = run(
+        "prune", tmp_path / "once", *("--method", "magnitude", "--sparsity", "0.5", "--out", tmp_path / "twice")
+    )
+    assert found.exit_code == 2
+    assert "only secateur.load builds it" in found.stderr
+    assert "only secateur.load" in " ".join(run("doctor", tmp_path / "once").stdout.split())
     assert not (tmp_path / "twice").exists()
+
+
+def test_what_loads_with_us_alone_is_evaluated_and_not_filled_with_noise(folder, tmp_path):
+    """An attention that is gone: stock transformers would make a new one."""
+    remove(folder, Smaller(remove={"attention": 1}, **MAGNITUDE), tmp_path / "out")
+    words = tmp_path / "words.txt"
+    words.write_text(text(200))
+    found = run("eval", tmp_path / "out", "--text", words, "--samples", 4, "--length", 16, "--json")
+    assert found.exit_code == 0, found.stderr
+    model = load(tmp_path / "out")
+    ids = windows(words.read_text(), AutoTokenizer.from_pretrained(tmp_path / "out"), 16, 4, seed=None)
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits[:, :-1]
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+    assert json.loads(found.stdout)["pruned"]["perplexity"] == pytest.approx(float(loss.exp()), rel=1e-4)
 
 
 def test_what_stock_libraries_load_is_cut_again(folder, tmp_path):

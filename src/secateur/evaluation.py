@@ -1,4 +1,4 @@
-"""Compare a pruned model folder with the dense one on a text, both loaded by stock transformers."""
+"""Compare a pruned model folder with the dense one on a text."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from secateur.measure.quality import Comparison, Progress, Quality, compare, eva
 from secateur.memory import available_memory
 from secateur.pipeline import load_tokenizer, resolve
 from secateur.recipe import DTYPES, nearest
-from secateur.stream.checkpoint import open_checkpoint, read_json
+from secateur.stream.checkpoint import needs_ours, open_checkpoint, read_json
+from secateur.structure.saved import load
 
 
 @dataclass(frozen=True)
@@ -116,10 +117,15 @@ def _fit(folders: list[Path], device: str, dtype: str) -> None:
 
 
 def _load(folder: Path, device: str, dtype: str) -> nn.Module:
-    """By stock transformers, from safetensors only, without remote code."""
+    """By stock transformers, from safetensors only, without remote code; what it cannot build by `structure.load`."""
     from transformers import AutoModelForCausalLM
 
     wanted: Any = (torch.float32 if device == "cpu" else "auto") if dtype == "auto" else getattr(torch, dtype)
+    if needs_ours(folder):
+        model = load(folder).to(torch.device(device))
+        for parameter in model.parameters() if wanted != "auto" else ():
+            parameter.data = parameter.data.to(wanted)
+        return model
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=wanted, trust_remote_code=False, use_safetensors=True

@@ -70,7 +70,20 @@ def test_shapes_that_differ_by_layer_load_with_the_plan(tmp_path):
     again = load(tmp_path)
     torch.testing.assert_close(logits(again), logits(model), rtol=1e-6, atol=1e-7)
     assert again.generate(ids()["input_ids"], max_new_tokens=3).shape == (2, 10)
-    with pytest.raises(RuntimeError):  # loud, not quietly wrong
+    with pytest.raises(OSError, match=r"no file named model\.safetensors"):  # loud, not quietly wrong
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(logits(load(tmp_path, llama())), logits(model), rtol=1e-6, atol=1e-7)
+
+
+def test_large_results_keep_their_shards_from_stock_libraries_too(tmp_path, monkeypatch):
+    model = llama()
+    found, config = cut(model, remove={"model.layers.0.mlp*": 0.5})
+    whole = type(model).save_pretrained
+    monkeypatch.setattr(type(model), "save_pretrained", lambda own, out: whole(own, out, max_shard_size="8KB"))
+    assert save(model, [found], tmp_path, config, [ids()]) == "secateur.load"
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    torch.testing.assert_close(logits(load(tmp_path)), logits(model), rtol=1e-6, atol=1e-7)
+    with pytest.raises(OSError, match=r"no file named model\.safetensors"):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
 
 

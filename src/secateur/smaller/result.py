@@ -12,9 +12,8 @@ from pathlib import Path
 from secateur.card import environment
 from secateur.errors import SecateurError
 from secateur.smaller.request import Shrunk, Smaller
-from secateur.stream.checkpoint import INDEX, read_json
+from secateur.stream.checkpoint import INDEX, needs_ours
 from secateur.stream.staging import explain, staging_folder
-from secateur.structure.saved import MANIFEST, OURS
 
 
 @contextlib.contextmanager
@@ -34,7 +33,7 @@ def staged(out: Path) -> Iterator[Path]:
 
 def check_whole(folder: Path) -> None:
     """Raises SecateurError for a folder whose config does not say its shapes: it was cut before."""
-    if (folder / MANIFEST).exists() and read_json(folder / MANIFEST).get("loads with") == OURS:
+    if needs_ours(folder):
         raise SecateurError(
             f"{folder} was cut by secateur before, and its config does not say its shapes: it cannot be cut again.\n"
             "  Cut the original, with both requests in one: --remove takes several."

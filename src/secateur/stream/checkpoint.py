@@ -16,6 +16,7 @@ from torch import Tensor
 from secateur.errors import SecateurError
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+OWN = {SINGLE: "secateur.safetensors", INDEX: "secateur.safetensors.index.json"}  # of what stock libraries cannot build
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 MOST_HEADER = 100_000_000  # bytes, the format's own limit
 QUANTIZED = (".qweight", ".qzeros", ".SCB", ".absmax", ".quant_map", ".weight_packed", ".weight_scale", "_scale_inv")
@@ -42,6 +43,11 @@ class Entry:
     shape: tuple[int, ...]
     start: int
     stop: int
+
+
+def needs_ours(folder: Path) -> bool:
+    """Whether structure was removed that the config does not say, so that only `secateur.load` builds the model."""
+    return any((folder / name).exists() for name in OWN.values())
 
 
 class Checkpoint:
@@ -135,11 +141,15 @@ def _plain(folder: Path, entries: dict[str, Entry]) -> None:
 
 def _shards(folder: Path) -> tuple[list[str], dict[str, str]]:
     """The shards' file names in order, and the index's weight map (empty without an index)."""
-    if (folder / SINGLE).exists():  # stock libraries too take it before an index beside it
-        return [SINGLE], {}
-    index = folder / INDEX
-    if not index.exists():
-        raise SecateurError(_nothing_to_open(folder))
+    for single, index in ((SINGLE, INDEX), (OWN[SINGLE], OWN[INDEX])):
+        if (folder / single).exists():  # stock libraries too take it before an index beside it
+            return [single], {}
+        if (folder / index).exists():
+            return _indexed(folder, folder / index)
+    raise SecateurError(_nothing_to_open(folder))
+
+
+def _indexed(folder: Path, index: Path) -> tuple[list[str], dict[str, str]]:
     content = read_json(index)
     weight_map = content.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):

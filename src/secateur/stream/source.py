@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import SecateurError
-from secateur.stream.checkpoint import DTYPES, INDEX, PICKLES, SINGLE, Checkpoint, open_checkpoint
+from secateur.stream.checkpoint import DTYPES, INDEX, PICKLES, SINGLE, Checkpoint, needs_ours, open_checkpoint
 from secateur.stream.naming import Group, Naming, Read
 from secateur.stream.skeleton import build, check_folder, compute, compute_dtype, may_be_missing, stored_dtype
 
@@ -29,6 +29,11 @@ class Source:
         """Raises SecateurError for anything that is not a plain, unquantized safetensors folder."""
         self.folder = folder
         check_folder(folder)
+        if needs_ours(folder):
+            raise SecateurError(
+                f"{folder} was cut by secateur before, and no config says its shapes: only secateur.load builds it.\n"
+                "  Start from the original, or cut it so that a config can say it (docs/structure.md)."
+            )
         self.checkpoint: Checkpoint = open_checkpoint(folder)
         self.device = torch.device(device)
         self.stored = stored_dtype(self.checkpoint)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from secateur._version import __version__
 from secateur.errors import SecateurError
 from secateur.probe import answer, difference, digest
-from secateur.stream.checkpoint import DTYPES, Checkpoint, open_checkpoint
+from secateur.stream.checkpoint import DTYPES, OWN, SINGLE, Checkpoint, open_checkpoint
 from secateur.stream.naming import Naming
 from secateur.stream.skeleton import may_be_missing
 from secateur.structure.apply import reshape_
@@ -26,7 +26,7 @@ from secateur.structure.plans import Plan, inputs_from
 from secateur.structure.running import Inputs, evaluating, runner
 from secateur.structure.watch import tensors_of
 
-MANIFEST, WEIGHTS = "secateur.json", "model.safetensors"
+MANIFEST, WEIGHTS = "secateur.json", SINGLE
 STOCK, OURS = "stock", "secateur.load"
 TOLERANCE = 1e-4  # of the largest output, reloaded against in memory
 CONFIGS = 6  # that are tried by loading
@@ -51,6 +51,7 @@ def save(model: nn.Module, plans: Sequence[Plan], out: Path, config: Any = None,
         model.config = config
         model.save_pretrained(out)  # type: ignore[operator]
         model.config = state
+        _keep_from_stock(out)
     else:
         save_model(model, str(out / WEIGHTS))
     content = {
@@ -85,12 +86,22 @@ def write_config(model: nn.Module, plan: Plan, folder: Path, out: Path) -> str:
     how = OURS if found is None else STOCK
     if found is None:
         (out / "config.json").write_bytes((folder / "config.json").read_bytes())
+        _keep_from_stock(out)
     else:
         found.architectures = [type(model).__name__]
         found.save_pretrained(out)
     content = {"format": 1, "loads with": how, "plans": [plan.to_json()], "probe": None}
     (out / MANIFEST).write_text(json.dumps(content, indent=1, allow_nan=False), encoding="utf-8")
     return how
+
+
+def _keep_from_stock(out: Path) -> None:
+    """Other names for the weights of a model whose config does not say what is gone: stock libraries would fill what they
+    miss with random numbers, and only warn.
+    """
+    for name, own in OWN.items():
+        if (out / name).exists():
+            (out / name).rename(out / own)
 
 
 def _stock(
@@ -177,7 +188,8 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     else:
         for plan in plans:
             reshape_(model, plan)
-        _fill(model, load_file(path / WEIGHTS))
+        shards = open_checkpoint(path).shards
+        _fill(model, {name: tensor for shard in shards for name, tensor in load_file(path / shard).items()})
     model.eval()
     if content["probe"] is None:
         return model
