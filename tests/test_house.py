@@ -27,6 +27,7 @@ def test_public_names():
         "prune",
         "prune_",
         "structure",
+        "training",
     ]
     assert all(getattr(secateur, name).__doc__ for name in secateur.__all__ if name != "__version__")
 
@@ -48,6 +49,8 @@ def imports(folder: str) -> dict[Path, set[str]]:
         ("weights", ("secateur.stream", "secateur.recipe", "secateur.plan", "secateur.prune", "secateur.pipeline")),
         ("stream", ("secateur.recipe", "secateur.plan", "secateur.prune", "secateur.weights.criteria")),
         ("structure", ("secateur.prune", "secateur.pipeline", "secateur.plan", "secateur.smaller", "secateur.cli")),
+        ("training", ("secateur.pipeline", "secateur.smaller", "secateur.module", "secateur.recover")),
+        ("recover", ("secateur.pipeline", "secateur.smaller", "secateur.recipe", "secateur.weights")),
         ("measure", ("secateur.prune", "secateur.pipeline", "secateur.stream", "secateur.weights")),
         ("", ("secateur.cli",)),
     ],

@@ -122,6 +122,7 @@ class Job:
     finish: Callable[[int, Any], None] | None = None
     dense: Store | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+    chosen: Callable[[str, Tensor], None] | None = None
 
     @property
     def batches(self) -> list[Batch]:
@@ -162,12 +163,14 @@ def prune_(
     *,
     loss: Loss | None = None,
     progress: Progress = no_progress,
+    chosen: Callable[[str, Tensor], None] | None = None,
 ) -> Report:
     """Prune a module in place: pruned weights become 0, their shapes stay.
 
     data: batches (mappings of forward arguments, tensors, or (input, label) pairs); needed unless the recipe's
     criterion, update and allocation look at weights alone. loss(model, batch) -> scalar: for the criteria taylor, fisher
     and obd, which sum over batches (fisher as published wants batches of one sample); a language model has one by default.
+    chosen: is told the name of each layer and its keep mask [out, in], True = kept.
 
     Raises SecateurError, before anything changes where it can be known, and leaves the model as it was.
     """
@@ -177,7 +180,7 @@ def prune_(
     modes, undo = [(module, module.training) for module in model.modules()], make_observable(model)
     before = {s.layer.parameter: model.get_parameter(s.layer.parameter).detach().clone() for s in plan.settings}
     model.eval()
-    job = Job(model, plan, data, Resident(), InPlace(), progress, loss)
+    job = Job(model, plan, data, Resident(), InPlace(), progress, loss, chosen=chosen)
     try:
         return run(job)
     except BaseException:
@@ -361,6 +364,8 @@ def _prune_layer(job: Job, setting: Setting, inputs: Inputs | None, derivative: 
     else:
         measured = "outputs"
     removed = int(weight.numel() - keep.sum())
+    if job.chosen is not None:
+        job.chosen(layer.name, keep)
     return LayerReport(layer.name, layer.shape, removed / weight.numel(), removed, error, measured, notes)
 
 

@@ -1,0 +1,40 @@
+"""Masks by criteria that read calibration data: what the one-shot part would choose now, tried on a copy of the model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+from secateur.plan import Plan
+from secateur.prune import prune_
+from secateur.recipe import Override, Recipe
+from secateur.training.moment import Keeps
+from secateur.training.schedules import Schedule
+from secateur.weights.gradients import Loss
+
+
+def chooser(model: nn.Module, plan: Plan, data: Iterable[Any], loss: Loss | None) -> Callable[[Schedule, float], Keeps]:
+    """What chooses by the plan's recipe, as far as a schedule has come."""
+    batches = list(data)
+
+    def choose(schedule: Schedule, progress: float) -> Keeps:
+        found: dict[str, Tensor] = {}
+        recipe = at(plan.recipe, schedule, progress)
+        prune_(copy.deepcopy(model), recipe, batches, loss=loss, chosen=found.__setitem__)
+        return found
+
+    return choose
+
+
+def at(recipe: Recipe, schedule: Schedule, progress: float) -> Recipe:
+    """The recipe as far as a schedule has come; an N:M pattern is there from the beginning."""
+
+    def so_far(part: Recipe | Override) -> dict[str, float]:
+        fixed = part.sparsity is None or ":" in (part.granularity or "")
+        return {} if fixed else {"sparsity": schedule(progress, part.sparsity or 0.0)}
+
+    overrides = tuple(override.model_copy(update=so_far(override)) for override in recipe.overrides)
+    return recipe.model_copy(update={"overrides": overrides, **so_far(recipe)})

@@ -1,0 +1,41 @@
+"""Statistics of batch norms after a cut."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from secateur.recover import reestimate_
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    first = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.5)]
+    return nn.Sequential(*first, nn.Conv2d(4, 5, 3), nn.BatchNorm2d(5, momentum=0.2))
+
+
+def test_the_statistics_are_those_of_the_inputs_in_eval_mode():
+    model = net().train()
+    batches = list(torch.randn(3, 8, 3, 10, 10, generator=torch.Generator().manual_seed(1)))
+    state = {
+        key: value.clone() for key, value in model.state_dict().items() if "running" not in key and "num" not in key
+    }
+    assert reestimate_(model, batches) == 2
+    with torch.no_grad():
+        one = [model[0](batch) for batch in batches]
+    mean = torch.stack([x.mean((0, 2, 3)) for x in one]).mean(0)
+    variance = torch.stack([x.var((0, 2, 3)) for x in one]).mean(0)
+    torch.testing.assert_close(model[1].running_mean, mean)
+    torch.testing.assert_close(model[1].running_var, variance)
+    assert model[5].momentum == 0.2
+    assert all(module.training for module in model.modules())
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in state.items())
+    with torch.no_grad():  # the second one sees what the first gives in training mode, and no dropout
+        two = [model[4](nn.functional.batch_norm(x, None, None, training=True, weight=model[1].weight,
+                                                 bias=model[1].bias).relu()) for x in one]  # fmt: skip
+    torch.testing.assert_close(model[5].running_mean, torch.stack([x.mean((0, 2, 3)) for x in two]).mean(0))
+
+
+def test_pairs_with_labels_and_nets_without_norms():
+    assert reestimate_(nn.Linear(3, 2), [torch.randn(4, 3)]) == 0
+    assert reestimate_(net(), [(torch.randn(4, 3, 10, 10), torch.zeros(4))]) == 2
