@@ -35,8 +35,8 @@ class Net(nn.Module):
         return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
 
 
-def trainer(folder, **more) -> tuple[Trainer, PrunerCallback]:
-    callback = PrunerCallback(secateur.method("magnitude", sparsity=0.8, protect=("head",)), method="rigl", every=3)
+def trainer(folder, criterion: str = "magnitude", **more) -> tuple[Trainer, PrunerCallback]:
+    callback = PrunerCallback(secateur.method(criterion, sparsity=0.8, protect=("head",)), method="rigl", every=3)
     args = TrainingArguments(
         folder, per_device_train_batch_size=16, max_steps=24, save_steps=8, logging_steps=4, learning_rate=1e-2,
         report_to=[], disable_tqdm=True, use_cpu=True, **more,
@@ -44,8 +44,10 @@ def trainer(folder, **more) -> tuple[Trainer, PrunerCallback]:
     return Trainer(Net(), args, train_dataset=Rows(), callbacks=[callback]), callback
 
 
-def test_masks_hold_and_a_resumed_run_ends_in_the_same_bits(tmp_path):
-    whole, callback = trainer(tmp_path)
+@pytest.mark.parametrize("criterion", ["magnitude", "random"])
+def test_masks_hold_and_a_resumed_run_ends_in_the_same_bits(criterion, tmp_path):
+    """With random masks of step 0 the weights of the checkpoint would be lost."""
+    whole, callback = trainer(tmp_path, criterion)
     whole.train()
     assert callback.pruner is not None
     report = callback.pruner.report()
@@ -53,7 +55,7 @@ def test_masks_hold_and_a_resumed_run_ends_in_the_same_bits(tmp_path):
     assert report.sparsity == pytest.approx(0.8)
     assert [round(entry["sparsity"], 3) for entry in whole.state.log_history if "sparsity" in entry][-1] == 0.8
     assert (tmp_path / "checkpoint-8" / MASKS).is_file()
-    resumed, again = trainer(tmp_path)
+    resumed, again = trainer(tmp_path, criterion)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
     assert again.pruner is not None
     assert again.pruner.masks.digest() == callback.pruner.masks.digest()

@@ -17,10 +17,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from secateur.structure.watch import floats_of
 
-LEAST, ROUNDING = (
-    1e-6,
-    1e5,
-)  # of the largest number on the way, or so many roundings of it: what smaller tensors count as
+LEAST, ROUNDING = 1e-6, 1e5  # smaller tensors count as this part of the largest number, or so many roundings of it
 UNDRAWN = torch.Generator().manual_seed(0).get_state()  # of the random numbers, as every run starts
 
 

@@ -24,9 +24,9 @@ class PrunerCallback(TrainerCallback):
         self.pruner: Pruner | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.pruner = Pruner(kwargs["model"], self.recipe, kwargs["optimizer"], state.max_steps, **self.settings)
-        if state.global_step:
-            self.pruner.load(_checkpoint(args, state) / MASKS)
+        resume = _checkpoint(args, state) / MASKS if state.global_step else None
+        model, optimizer = kwargs["model"], kwargs["optimizer"]
+        self.pruner = Pruner(model, self.recipe, optimizer, state.max_steps, resume=resume, **self.settings)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         assert self.pruner is not None

@@ -62,7 +62,8 @@ class Pruner:
     start, end: shares of the steps between which masks change; every: steps from one choice to the next.
     masks: to begin with, such as those of a pruned checkpoint (`Masks.of_zeros`). data, loss: calibration batches, and
     loss(model, batch), for criteria that read what no training step has (wanda, ria, obs, obd), and for taylor and fisher
-    instead of the gradient of the last step.
+    instead of the gradient of the last step. resume: a file that `save` wrote, for a model whose weights were loaded
+    already: masks chosen at step 0 would take from them.
 
     Raises SecateurError where that makes no sense.
     """
@@ -82,6 +83,7 @@ class Pruner:
         masks: Masks | None = None,
         data: Iterable[Any] | None = None,
         loss: Loss | None = None,
+        resume: str | Path | None = None,
     ) -> None:
         if method not in METHODS:
             raise SecateurError(
@@ -114,7 +116,9 @@ class Pruner:
         self._others: list[Any] = []
         self.attach(optimizer)
         self._watch_others()
-        if self._due():
+        if resume is not None:
+            self.load(resume)
+        elif self._due():
             self._choose(None)
         self._hold()
 
@@ -218,12 +222,12 @@ class Pruner:
 
     def report(self) -> TrainingReport:
         """Where training stands."""
-        live = self._live()
+        layers = self._live()
         return TrainingReport(
             self.step,
             self.total_steps,
-            1 - sum(int(x.keep.sum()) for x in live) / sum(x.keep.numel() for x in live),
-            {x.name: 1 - float(x.keep.float().mean()) for x in live},
+            1 - sum(int(x.keep.sum()) for x in layers) / sum(x.keep.numel() for x in layers),
+            {x.name: 1 - float(x.keep.float().mean()) for x in layers},
             sum(self.masks.violations(model) for model in (self.model, *self._others)),
             tuple(self._refreshes),
             dict(self._seconds),
