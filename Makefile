@@ -13,7 +13,7 @@ install: $(VENV)/installed
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -c constraints.txt torch
-	$(PIP) install -c constraints.txt -e '.[dev,gguf,lora]'
+	$(PIP) install -c constraints.txt -e '.[dev,gguf,lora,vision,tensorboard]'
 	touch $@
 
 demo: install

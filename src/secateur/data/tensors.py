@@ -19,7 +19,7 @@ TOKEN_IDS = ("input_ids", "decoder_input_ids")
 def load_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a file by argument name, all with the same first dimension."""
     check_exists(path)
-    tensors = _load_safetensors(path) if path.suffix.lower() == ".safetensors" else _load_numpy(path)
+    tensors = _load_safetensors(path) if path.suffix.lower() == ".safetensors" else load_numpy(path)
     if not tensors:
         raise SecateurError(f"{path} holds no tensors; expected one for each argument of the model's forward.")
     shapes = ", ".join(f"{key} {list(tensor.shape)}" for key, tensor in tensors.items())
@@ -38,7 +38,8 @@ def _load_safetensors(path: Path) -> dict[str, Tensor]:
         raise SecateurError(f"{path} is not a valid safetensors file: {error}. Write it again.") from None
 
 
-def _load_numpy(path: Path) -> dict[str, Tensor]:
+def load_numpy(path: Path) -> dict[str, Tensor]:
+    """The arrays of a file; one without names is `input_ids`."""
     try:
         loaded = np.load(path, allow_pickle=False)
         arrays = {"input_ids": loaded} if isinstance(loaded, np.ndarray) else {key: loaded[key] for key in loaded.files}
