@@ -122,6 +122,8 @@ def _oneshot(cell: dict[str, Any], device: str) -> dict[str, Any]:
             protect=ENDS,
         )
         found = secateur.prune_(model, recipe, data if recipe.needs() else None)
+        if steps > 1:
+            reestimate_(model, data)  # the next stage sees the statistics of this one
     assert found is not None
     seconds = time.perf_counter() - started
     plain = accuracy(model, device)

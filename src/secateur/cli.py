@@ -38,6 +38,7 @@ libraries load, verified.
     secateur prune ./llama --out ./pruned          half of the weights
     secateur prune ./llama --pattern 2:4 --calibration c4.jsonl --out ./p24
     secateur eval ./pruned --against ./llama --text wiki.txt
+    secateur strategy --build mypkg.models:net --weights w.safetensors --data ./val
     secateur recipe sparsegpt > mine.yaml          a recipe to edit ...
     secateur prune ./llama --recipe mine.yaml --out ./pruned    ... and use
 
@@ -62,6 +63,7 @@ SMALL_TEXT = (
 
 
 STRUCTURAL = {"remove", "target"}  # keys of a recipe that removes structure
+ROUNDS = {"rounds", "stop", "finetune", "data"}  # of one that prunes and trains in turns
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,8 @@ class Commands(TyperGroup):
             raise _fail(f"out of memory: {error}\n  {way_out}", 2, as_json) from None
         except KeyboardInterrupt:
             whole = {"--remove", "--target"} & {*words}
-            on = " Go on with the same command and --resume." if words[:1] in (["prune"], ["run"]) and not whole else ""
+            resumes = words[:1] in (["prune"], ["run"], ["strategy"]) and not whole
+            on = " Go on with the same command and --resume." if resumes else ""
             raise _fail(f"interrupted.{on}", 130, as_json) from None
         except Exception as error:
             if hasattr(error, "format_message"):  # of the command line itself
@@ -296,9 +299,21 @@ def run(
         out: ./small
         remove: {ffn: 30%, heads: 25%, layers: 2}
 
+    or, what secateur strategy writes: cut, train, measure, in rounds,
+
+        build: mypkg.models:resnet56
+        weights: r56.safetensors
+        out: ./r56-pruned
+        data: {source: ./val, train: ./train}
+        sparsity: 0.95
+        finetune: {epochs: 3, lr: 0.02}
+        stop: {drop: 0.005}
+
     Relative paths in it start at the current directory. An unknown key is an error that names the nearest known one.
     """
     values, output = read_yaml(recipe), Output(as_json, quiet)
+    if ROUNDS & values.keys():
+        return _rounds(values, str(recipe), device, resume, dry_run, output)
     if STRUCTURAL & values.keys():
         _no_resume(resume)
         return _remove(values, str(recipe), device, dry_run, output)
@@ -329,6 +344,76 @@ def recipe(
         return Output().show(display.methods())
     print(to_yaml(make_run({"method": method} | given).recipe), end="")
     return None
+
+
+@app.command(rich_help_panel="Pruning")
+def strategy(
+    build: Annotated[str, typer.Option("--build", metavar="PKG.MOD:FUNCTION", help="Builds the classifier.")],
+    weights: Annotated[Path, typer.Option("--weights", help="Its state dict, as safetensors.")],
+    data: Annotated[
+        Path,
+        typer.Option(help="Images: a folder of class folders (or one with train and val), an .npz, a saved data set."),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The new folder for what is found.")] = Path("strategy"),
+    train: Annotated[Path | None, typer.Option(help="Images to train on; else a part of the data is.")] = None,
+    tolerance: Annotated[str, typer.Option(help="Of top-1, that may be lost: 0.5% or 0.005.")] = "0.5%",
+    target: Annotated[float, typer.Option(help="The sparsity at which rounds would end at the latest.")] = 0.95,
+    epochs: Annotated[int, typer.Option(help="Of training after each cut.")] = 3,
+    lr: Annotated[float, typer.Option(help="The learning rate that each training begins with.")] = 0.02,
+    batch: Annotated[int, typer.Option(help="Images of a training step.")] = 128,
+    augment: Annotated[str, typer.Option(help="Of training images: flip, crop, or flip,crop.")] = "",
+    size: Annotated[int | None, typer.Option(help="Width of the images that the model takes.")] = None,
+    mean: Annotated[str | None, typer.Option(help="Per channel, of pixels in 0..1. [default: ImageNet's]")] = None,
+    std: Annotated[str | None, typer.Option(help="Likewise.")] = None,
+    images: Annotated[int, typer.Option(help="That the scan of the layers asks about.")] = 256,
+    protect: options.Protect = None,
+    resume: options.Resume = False,
+    dry_run: options.DryRun = False,
+    device: options.Device = "cpu",
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Find out how an image classifier can be pruned: which thresholds to test, what to monitor, when to stop.
+
+    **Example**
+
+        secateur strategy --build mypkg.models:resnet56 --weights r56.safetensors \\
+            --data ./val --train ./train --tolerance 0.5%
+        secateur run strategy/recipe.yaml
+
+    Scans every layer over thresholds and sparsities, compares ways to spread them, and writes a page with plots and a
+    recipe that is run as it is: rounds of cutting, training and measuring that stop by themselves and keep the best.
+    """
+    from secateur.strategy.propose import examine, expect, first_request, propose
+    from secateur.strategy.request import Source
+
+    output = Output(as_json, quiet)
+    if images < 2:
+        raise SecateurError(f"--images {images}: expected 2 or more")
+    given = {"source": data, "train": train, "size": size}
+    given |= {"mean": options.numbers(mean, "--mean"), "std": options.numbers(std, "--std")}
+    source = validate(Source, {key: value for key, value in given.items() if value is not None}, "--data")
+    trained = {"epochs": epochs, "lr": lr, "batch": batch, "augment": [a for a in augment.split(",") if a]}
+    wanted = first_request(
+        build,
+        weights,
+        source,
+        out=Path(f"{out}-pruned"),
+        tolerance=options.share(tolerance, "--tolerance"),
+        target=target,
+        finetune=trained,
+        protect=protect or [],
+    )
+    case = examine(wanted, device)
+    expected = expect(case, wanted, images)
+    output.show(display.before_strategy(expected))
+    if dry_run:
+        output.result({"dry_run": True, "expected": asdict(expected)}, f"{out}: about {expected.scan:.0f} s")
+        return
+    with output.bars() as bars:
+        found = propose(wanted, case, out, images=images, resume=resume, progress=bars)
+    output.show(display.strategy(found, out))
+    output.result({"out": str(out)} | found.as_dict(), f"{out}/recipe.yaml: {found.rounds} rounds")
 
 
 @app.command("eval", rich_help_panel="Looking")
@@ -470,6 +555,28 @@ def _prune(run: Run, device: str, resume: bool, dry_run: bool, output: Output, t
     output.show(display.result(report, run.out))
     output.result({"out": str(run.out)} | details, display.closing(report, run.out))
     return None
+
+
+def _rounds(values: dict[str, Any], where: str, device: str, resume: bool, dry_run: bool, output: Output) -> None:
+    from secateur.strategy.propose import examine, expect
+    from secateur.strategy.request import make_strategy
+    from secateur.strategy.rounds import run_rounds
+
+    wanted = make_strategy(values, where)
+    if wanted.out is None:
+        raise SecateurError("say where to write the result: out: DIR in the recipe, a new folder")
+    case = examine(wanted, device)
+    expected = expect(case, wanted, 2)
+    output.show(display.before_rounds(expected))
+    if dry_run:
+        output.result({"dry_run": True, "expected": asdict(expected)}, f"about {expected.round:.0f} s a round")
+        return
+    with output.bars() as bars:
+        found = run_rounds(wanted, wanted.out, resume=resume, device=device, progress=bars, case=case)
+    output.show(display.rounds(found, wanted.out))
+    details = {"out": str(wanted.out)} | found.as_dict()
+    kept = found.kept
+    output.result(details, f"{wanted.out}: sparsity {kept.sparsity if kept else 0.0:.4f}")
 
 
 def _no_resume(asked: bool) -> None:

@@ -25,6 +25,9 @@ from secateur.plan import Plan
 from secateur.prune import LayerReport, Report
 from secateur.recipe import ABOUT, METHODS, Recipe, to_yaml
 from secateur.smaller import Shrunk
+from secateur.strategy.propose import Expected as ExpectedScan
+from secateur.strategy.propose import Proposal
+from secateur.strategy.rounds import Outcome
 from secateur.structure.survey import Survey
 
 WORST = 5  # layers by error
@@ -38,6 +41,8 @@ STAGES = {
     "verify": "verifying",
     "evaluate": "evaluating",
     "latency": "latency",
+    "scan": "testing layers",
+    "train": "training",
 }
 NO_GAIN = (
     "Zeros in a dense tensor give no speed and no smaller file by themselves; "
@@ -442,3 +447,76 @@ def duration(seconds: float) -> str:
     if seconds < 5400:
         return f"{seconds / 60:.0f} min"
     return f"{seconds / 3600:.1f} h"
+
+
+# A strategy, and its rounds
+
+
+def before_strategy(expected: ExpectedScan) -> RenderableType:
+    """What is coming, before it begins."""
+    return Text(
+        f"{expected.cells:,} cuts to be tested, one layer at a time: about {_duration(expected.scan)} and "
+        f"{expected.memory / 1e9:.1f} GB. Each of {expected.rounds} rounds later: about {_duration(expected.round)}.\n"
+    )
+
+
+def before_rounds(expected: ExpectedScan) -> RenderableType:
+    """Likewise."""
+    return Text(
+        f"The dense model and up to {expected.rounds} rounds of cutting, training and measuring, about "
+        f"{_duration(expected.round)} each; about {expected.memory / 1e9:.1f} GB.\n"
+    )
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def strategy(found: Proposal, out: Path) -> RenderableType:
+    """The baseline, what the layers can lose, and where the page is."""
+    table = Table(title="largest threshold that one layer alone hardly feels (KL up to 0.01)")
+    for name, right in (("layer", False), ("weights", True), ("threshold", True), ("of its weights", True)):
+        table.add_column(name, justify="right" if right else "left")
+    for name, size in list(found.sizes.items())[:12]:
+        harmless = [p for p in found.probes if p.layer == name and p.by == "sigma" and p.kl <= 0.01]
+        most = max(harmless, key=lambda p: p.value, default=None)
+        table.add_row(
+            name,
+            f"{size:,}",
+            "none" if most is None else f"{most.value:g} σ",
+            "" if most is None else f"{most.sparsity:.0%}",
+        )
+    more = len(found.sizes) - 12
+    dense = found.dense
+    return Group(
+        f"dense: top-1 {dense['top1']:.1%} ({dense['top1_low']:.1%} to {dense['top1_high']:.1%}) on "
+        f"{dense['images']:,} images",
+        table,
+        *([f"and {more} more layers"] if more > 0 else []),
+        f"{found.rounds} rounds to {found.wanted.sparsity:.0%}. Look at {out}/README.md, then: secateur run "
+        f"{out}/recipe.yaml",
+    )
+
+
+def rounds(found: Outcome, out: Path) -> RenderableType:
+    """Every round."""
+    table = Table(title="rounds")
+    for name in ("round", "sparsity", "top-1", "drop, points", "flips", "non-zeros"):
+        table.add_column(name, justify="right")
+    table.add_column("verdict")
+    for trial in found.trials:
+        m = trial.measures
+        mark = " *" if trial.number == found.best and trial.progress > 0 else ""
+        table.add_row(
+            f"{trial.number}{mark}",
+            f"{trial.sparsity:.1%}",
+            f"{m['top1']:.2%}",
+            f"{100 * m['drop']:+.2f} ± {100 * m['noise']:.2f}",
+            f"{m['flips']:.1%}",
+            f"{trial.costs['nnz']:,}",
+            "holds" if trial.holds else "no",
+        )
+    where = f"The best (*) is {out}/model.safetensors; look at {out}/README.md."
+    return Group(table, f"It ended because {found.ended}.", where)

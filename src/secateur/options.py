@@ -193,6 +193,25 @@ def _threshold(text: str) -> dict[str, float]:
         ) from None
 
 
+def numbers(text: str | None, option: str) -> list[float] | None:
+    """0.485,0.456,0.406 as numbers. Raises SecateurError."""
+    try:
+        return None if text is None else [float(part) for part in text.split(",")]
+    except ValueError:
+        raise SecateurError(f"{option} {text}: expected numbers with commas, such as 0.485,0.456,0.406") from None
+
+
+def share(text: str, option: str) -> float:
+    """0.5% or 0.005. Raises SecateurError."""
+    try:
+        found = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        found = -1.0
+    if not 0 <= found < 1:
+        raise SecateurError(f"{option} {text}: expected a share, such as 0.5% or 0.005")
+    return found
+
+
 def _given(values: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value is not None and value != []}
 

@@ -331,7 +331,9 @@ def _saved(path: Path, size: int | None, part: str | None) -> Images:
         names = PARTS[part or "test"]
         chosen = next((name for name in names if name in found), None)
         if chosen is None:
-            raise SecateurError(f"{path} has the parts {', '.join(map(str, found))}; expected one of {', '.join(names)}")
+            raise SecateurError(
+                f"{path} has the parts {', '.join(map(str, found))}; expected one of {', '.join(names)}"
+            )
         found = found[chosen]
     pictures = next((n for n, f in found.features.items() if isinstance(f, datasets.Image)), None)
     label = next((n for n in ("label", "labels", "y", "fine_label") if n in found.features), None)

@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 
 from secateur.data import call
 from secateur.errors import SecateurError
+from secateur.measure.classify import check_labels
 from secateur.probe import answer
 
 CHECKPOINT, LOG = "checkpoint.safetensors", "log.jsonl"
@@ -224,19 +225,6 @@ def _apart(batch: Any) -> tuple[Any, Tensor]:
     if isinstance(batch, Mapping):
         return {key: value for key, value in batch.items() if key != "labels"}, batch["labels"]
     return batch[0], batch[1]
-
-
-def check_labels(logits: Tensor, labels: Tensor) -> None:
-    """Raises SecateurError unless there is one class for each of these logits [n, classes]."""
-    if logits.ndim != 2 or logits.shape[0] != len(labels) or labels.ndim != 1:
-        raise SecateurError(
-            f"the model gives {list(logits.shape)} for labels {list(labels.shape)}; expected one row of logits an image"
-        )
-    if not 0 <= int(labels.min()) <= int(labels.max()) < logits.shape[1]:
-        raise SecateurError(
-            f"labels are {int(labels.min())} to {int(labels.max())}; the model has {logits.shape[1]} classes, 0 to "
-            f"{logits.shape[1] - 1}: the data is another model's, or its classes are numbered otherwise"
-        )
 
 
 def _check_finite(total: Tensor, run: _Run, number: int, step: int) -> None:

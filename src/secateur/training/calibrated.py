@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 from secateur.plan import Plan
 from secateur.prune import prune_
-from secateur.recipe import Override, Recipe
+from secateur.recipe import Override, Recipe, Threshold
 from secateur.training.moment import Keeps
 from secateur.training.schedules import Schedule
 from secateur.weights.gradients import Loss
+
+TINY = 1e-12  # a threshold is above 0
 
 
 def chooser(model: nn.Module, plan: Plan, data: Iterable[Any], loss: Loss | None) -> Callable[[Schedule, float], Keeps]:
@@ -30,9 +32,12 @@ def chooser(model: nn.Module, plan: Plan, data: Iterable[Any], loss: Loss | None
 
 
 def at(recipe: Recipe, schedule: Schedule, progress: float) -> Recipe:
-    """The recipe as far as a schedule has come; an N:M pattern is there from the beginning."""
+    """The recipe as far as a schedule has come; an N:M pattern is there from the beginning, a threshold rises evenly."""
 
-    def so_far(part: Recipe | Override) -> dict[str, float]:
+    def so_far(part: Recipe | Override) -> dict[str, Any]:
+        if part.threshold is not None:
+            given = part.threshold.model_dump(exclude_none=True)
+            return {"threshold": Threshold(**{name: max(value * progress, TINY) for name, value in given.items()})}
         fixed = part.sparsity is None or ":" in (part.granularity or "")
         return {} if fixed else {"sparsity": schedule(progress, part.sparsity or 0.0)}
 

@@ -1,0 +1,371 @@
+"""Test thresholds and sparsities of a classifier layer by layer, and write a recipe of what was found."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from secateur.card import environment
+from secateur.errors import SecateurError
+from secateur.machine import check_device
+from secateur.measure.classify import Answers, answers, lost
+from secateur.measure.classify import as_dict as described
+from secateur.measure.costs import Costs, costs, latency
+from secateur.module import find_function, fresh, open_weights
+from secateur.pipeline import check_out
+from secateur.plan import Plan, make_plan
+from secateur.recipe import Override, Recipe, method, to_yaml
+from secateur.recover import reestimate_
+from secateur.recover.finetune import disk
+from secateur.strategy import pages
+from secateur.strategy.request import Sets, Source, Strategy, make_strategy, read_sets
+from secateur.strategy.scan import Probe, cells, measured_sparsities, probe
+from secateur.training.masks import Masks
+from secateur.training.rewind import cut, progresses
+
+TARGETS = (0.5, 0.8, 0.9, 0.95)  # of the whole model, by each allocation
+ALLOCATIONS = ("uniform", "erdos-renyi", "lamp", "global", "measured")
+ENDS = 0.05  # of the weights: the first and the last layer are left alone where they hold no more
+IMAGES = 256  # that a scan asks about
+NORM_BATCHES = 16  # of training images, for batch norms
+PROBES = "scan.jsonl"
+
+Progress = Callable[[str, int, int, str], None]
+
+
+@dataclass(frozen=True)
+class Allocated:
+    """The whole model at a sparsity, by an allocation, batch norms estimated anew, nothing trained."""
+
+    allocation: str
+    sparsity: float
+    top1: float
+    kl: float
+
+
+@dataclass
+class Proposal:
+    """What was found. dense: top-1 and so on; seconds: of each part; round_seconds: what a round will take about."""
+
+    wanted: Strategy
+    dense: dict[str, Any]
+    costs: Costs
+    latency: dict[str, float]
+    probes: list[Probe]
+    allocated: list[Allocated]
+    sizes: dict[str, int]
+    protected: dict[str, str]
+    data: dict[str, str]
+    rounds: int
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "recipe": self.wanted.model_dump(mode="json"),
+            "dense": self.dense,
+            "costs": self.costs.as_dict(),
+            "latency": self.latency,
+            "scan": [asdict(p) for p in self.probes],
+            "allocations": [asdict(a) for a in self.allocated],
+            "protected": self.protected,
+            "data": self.data,
+            "rounds": self.rounds,
+            "seconds": self.seconds,
+        }
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a proposal will take. seconds of the scan; of a round of the recipe; bytes of memory."""
+
+    scan: float
+    round: float
+    rounds: int
+    memory: int
+    cells: int
+
+
+@dataclass
+class Case:
+    """A model and its images, examined."""
+
+    make: Callable[[], nn.Module]
+    model: nn.Module
+    plan: Plan
+    sets: Sets
+    device: str
+    weights: Any
+
+    def batches(self, images: int, size: int = 64) -> list[tuple[Tensor, Tensor]]:
+        """Some images to measure on, drawn."""
+        return list(self.sets.test.sample(images, 0).batches(size, self.device))
+
+    def norm_batches(self, size: int) -> list[Tensor]:
+        """Training images for batch norms, drawn."""
+        return [x for x, _ in self.sets.train.sample(size * NORM_BATCHES, 1).batches(size, self.device)]
+
+
+def examine(wanted: Strategy, device: str) -> Case:
+    """Build, load, read the images, see that the model takes them. Raises SecateurError; writes nothing."""
+    check_device(device)
+    pages.check()
+    weights = open_weights(wanted.weights)
+    make = find_function(wanted.build)
+    model = fresh(make, weights, "auto", device)
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    plan = make_plan(model, wanted.recipe)
+    sets = read_sets(wanted.data)
+    for images in (sets.test, sets.train):
+        x, _ = images.batch(range(min(2, len(images))), device)
+        try:
+            given = answers(model, [(x, images.labels[: len(x)])])
+        except SecateurError:
+            raise
+        except Exception as error:
+            raise SecateurError(
+                f"the model does not take images {list(x.shape)}: {error}\n  Say what it does take: --size, --mean, --std."
+            ) from None
+        outside = int(images.labels.max())
+        if outside >= given.logits.shape[1]:
+            raise SecateurError(
+                f"labels go to {outside} in {images.description}; the model has {given.logits.shape[1]} classes, 0 to "
+                f"{given.logits.shape[1] - 1}: the data is another model's, or its classes are numbered otherwise"
+            )
+    return Case(make, model, plan, sets, device, weights)
+
+
+def first_request(
+    build: str,
+    weights: Path,
+    data: Source,
+    *,
+    out: Path,
+    tolerance: float,
+    target: float,
+    finetune: Mapping[str, Any],
+    protect: Sequence[str] = (),
+) -> Strategy:
+    """What is known before anything was measured."""
+    values = {
+        "build": build,
+        "weights": weights,
+        "out": out,
+        "data": data.model_dump(exclude_none=True),
+        "sparsity": target,
+        "protect": list(protect),
+        "finetune": dict(finetune),
+        "stop": {"drop": tolerance},
+    }
+    return make_strategy(values, "strategy")
+
+
+def ends(model: nn.Module, plan: Plan) -> list[str]:
+    """The first and the last layer, where they hold little and there are others."""
+    names = [s.layer.name for s in plan.settings]
+    sizes = {s.layer.name: s.layer.shape[0] * s.layer.shape[1] for s in plan.settings}
+    found = [names[0], names[-1]] if len(names) > 3 else []
+    return found if sum(sizes[n] for n in found) <= ENDS * sum(sizes.values()) else []
+
+
+def expect(case: Case, wanted: Strategy, images: int) -> Expected:
+    """By a few forwards and a training step on this machine, before anything begins."""
+    batches = case.batches(min(images, 64), 64)
+    answers(case.model, batches[:1])
+    started = time.perf_counter()
+    answers(case.model, batches[:1])
+    one = (time.perf_counter() - started) / len(batches[0][1])
+    count = len(cells(case.plan))
+    whole = len(TARGETS) * len(ALLOCATIONS) * (images + 64 * NORM_BATCHES) + len(case.sets.test)
+    steps = wanted.finetune.epochs * len(case.sets.train)
+    weights = sum(p.numel() * p.element_size() for p in case.model.parameters())
+    x = batches[0][0]
+    activations = 3 * x.numel() * x.element_size() * 64  # a guess: each layer keeps something of its inputs' size
+    return Expected(
+        one * (count * images + whole),
+        one * (3.5 * steps + len(case.sets.test) + 64 * NORM_BATCHES),
+        len(progresses(wanted.recipe, wanted.rounds.keep)),
+        5 * weights + activations,
+        count,
+    )
+
+
+def propose(
+    wanted: Strategy,
+    case: Case,
+    out: Path,
+    *,
+    images: int = IMAGES,
+    resume: bool = False,
+    progress: Progress,
+) -> Proposal:
+    """Measure, decide, and write out/recipe.yaml, README.md with plots, strategy.json; what was scanned already is not
+    scanned again.
+    """
+    started, seconds = time.perf_counter(), {}
+    staging = out.with_name(f"{out.name}.partial")
+    _prepare(staging, out, resume, _key(wanted, case, images))
+    batches = case.batches(images)
+    dense_sample = answers(case.model, batches)
+    progress("measure", 0, 1, "the dense model")
+    dense = answers(case.model, case.sets.test.batches(64, case.device))
+    probes = _scan(case, staging, batches, dense_sample, progress)
+    seconds["scan"] = time.perf_counter() - started
+    sizes = {s.layer.name: s.layer.shape[0] * s.layer.shape[1] for s in case.plan.settings}
+    kept = ends(case.model, case.plan)
+    allocated = _allocations(case, wanted, probes, sizes, kept, batches, dense_sample, progress)
+    final = _decide(wanted, allocated, probes, sizes, kept)
+    example = batches[0][0][:1]
+    proposal = Proposal(
+        final,
+        described(dense),
+        costs(case.model, example),
+        latency({"dense": case.model}, example)["dense"],
+        probes,
+        allocated,
+        sizes,
+        {**dict(case.plan.protected), **dict.fromkeys(kept, "the first and the last layer stay")},
+        {"measured on": case.sets.test.description, "to train on": case.sets.train.description},
+        len(progresses(final.recipe, final.rounds.keep)),
+        seconds,
+    )
+    seconds["total"] = time.perf_counter() - started
+    with disk(staging):
+        (staging / "recipe.yaml").write_text(recipe_text(final), encoding="utf-8")
+        (staging / "strategy.json").write_text(json.dumps(proposal.as_dict(), indent=2), encoding="utf-8")
+        pages.strategy(proposal, staging, out)
+        os.replace(staging, out)
+    return proposal
+
+
+def recipe_text(wanted: Strategy) -> str:
+    """YAML that `secateur run` takes as it is."""
+    head = (
+        "# Written from measurements; see README.md beside it. Run it:  secateur run recipe.yaml\n"
+        "# Relative paths start at the directory where the command runs.\n"
+    )
+    return head + to_yaml(wanted)
+
+
+def _key(wanted: Strategy, case: Case, images: int) -> dict[str, Any]:
+    file = case.weights.folder / case.weights.shards[0]
+    asked = wanted.model_dump(mode="json", include={"build", "weights", "data", "protect"})
+    return {"asked": asked, "images": images, "size": file.stat().st_size, "versions": environment()}
+
+
+def _prepare(staging: Path, out: Path, resume: bool, key: dict[str, Any]) -> None:
+    """A folder to work in. Raises SecateurError where there is one already that is not to be gone on with."""
+    check_out(Path("."), out)
+    text = json.dumps(key, sort_keys=True, default=str)
+    if staging.exists():
+        known = (staging / "key.json").read_text(encoding="utf-8") if (staging / "key.json").exists() else ""
+        if not resume:
+            raise SecateurError(f"{staging} is what a run that was stopped has left: go on with --resume, or delete it")
+        if known != text:
+            raise SecateurError(f"{staging} was made with other settings: give the same, or delete it")
+        return
+    with disk(staging):
+        staging.mkdir(parents=True)
+        (staging / "key.json").write_text(text, encoding="utf-8")
+
+
+def _scan(
+    case: Case, staging: Path, batches: list[tuple[Tensor, Tensor]], dense: Answers, progress: Progress
+) -> list[Probe]:
+    path = staging / PROBES
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    lines = [line for line in lines if line.endswith("\n")]  # a killed run may have left half a line
+    found = [Probe(**json.loads(line)) for line in lines]
+    known = {(p.layer, p.by, p.value) for p in found}
+    todo = cells(case.plan)
+    with disk(staging):
+        path.write_text("".join(lines), encoding="utf-8")
+    for number, (setting, by, value) in enumerate(todo):
+        if (setting.layer.name, by, value) in known:
+            continue
+        progress("scan", number, len(todo), f"{setting.layer.name} {by} {value}")
+        found.append(probe(case.model, setting, by, value, batches, dense))
+        with disk(staging), path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(found[-1])) + "\n")
+    progress("scan", len(todo), len(todo), "done")
+    return found
+
+
+def _allocations(
+    case: Case,
+    wanted: Strategy,
+    probes: Sequence[Probe],
+    sizes: Mapping[str, int],
+    kept: Sequence[str],
+    batches: list[tuple[Tensor, Tensor]],
+    dense: Answers,
+    progress: Progress,
+) -> list[Allocated]:
+    """The whole model at some sparsities, by every allocation."""
+    norms = case.norm_batches(64)
+    found = []
+    grid = list(itertools.product(TARGETS, ALLOCATIONS))
+    for number, (target, allocation) in enumerate(grid):
+        progress("allocate", number, len(grid), f"{allocation} {target:.0%}")
+        model = copy.deepcopy(case.model)
+        recipe = allocation_recipe(wanted, allocation, target, probes, sizes, kept)
+        masks = cut(model, recipe, Masks({}), 1.0)
+        masks.apply_(model)
+        reestimate_(model, norms)
+        given = answers(model, batches)
+        found.append(Allocated(allocation, masks.sparsity, given.top1.value, lost(dense, given).kl))
+    progress("allocate", len(grid), len(grid), "done")
+    return found
+
+
+def allocation_recipe(
+    wanted: Strategy,
+    allocation: str,
+    target: float,
+    probes: Sequence[Probe],
+    sizes: Mapping[str, int],
+    kept: Sequence[str],
+) -> Recipe:
+    """A recipe of magnitude for the whole model. The target counts the layers that are pruned."""
+    protect = [*wanted.protect, *(name for name in kept if name not in wanted.protect)]
+    if allocation != "measured":
+        return method("magnitude", sparsity=target, allocation=allocation, protect=protect)
+    free = {name: size for name, size in sizes.items() if name not in kept}
+    shares = measured_sparsities(probes, dict(free), target)
+    overrides = [Override(match=name, sparsity=round(share, 4)) for name, share in shares.items()]
+    return method("magnitude", sparsity=target, overrides=overrides, protect=protect)
+
+
+def _decide(
+    wanted: Strategy,
+    allocated: Sequence[Allocated],
+    probes: Sequence[Probe],
+    sizes: Mapping[str, int],
+    kept: Sequence[str],
+) -> Strategy:
+    """The allocation whose KL has the lowest ranks over the sparsities."""
+    chosen = best_allocation(allocated)
+    target = wanted.sparsity if wanted.sparsity is not None else 0.95
+    recipe = allocation_recipe(wanted, chosen, target, probes, sizes, kept)
+    changed = {key: getattr(recipe, key) for key in ("allocation", "overrides", "protect")}
+    return wanted.model_copy(update=changed)
+
+
+def best_allocation(allocated: Sequence[Allocated]) -> str:
+    """By the mean of its ranks; of equals the first of ALLOCATIONS."""
+    per_target = [allocated[i : i + len(ALLOCATIONS)] for i in range(0, len(allocated), len(ALLOCATIONS))]
+    ranks: dict[str, float] = dict.fromkeys(ALLOCATIONS, 0.0)
+    for group in per_target:
+        for rank, entry in enumerate(sorted(group, key=lambda a: a.kl)):
+            ranks[entry.allocation] += rank
+    return min(ALLOCATIONS, key=lambda name: ranks[name])

@@ -1,0 +1,121 @@
+"""What a strategy's recipe says: what to prune, on which images, in which rounds, and when to stop."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from secateur.data.images import Images, load_images, parts
+from secateur.errors import SecateurError
+from secateur.recipe import METHODS, Part, Recipe, Threshold, validate
+from secateur.recover import Settings
+from secateur.training.rewind import check_rewind
+
+KEYS = {"rounds", "stop", "finetune", "data"}  # a YAML file that has one of them is a strategy's
+
+
+class Source(Part):
+    """Images to measure on, and to train on. train: a source of its own; without one, a folder's or data set's training
+    part, or else the images of `source` but a share of every class, `holdout`, which is measured on.
+    """
+
+    source: Path
+    train: Path | None = None
+    holdout: float = Field(0.5, gt=0, lt=1)
+    size: int | None = Field(None, ge=1)
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    images: int | None = Field(None, ge=2, description="measure on so many, drawn")
+    train_images: int | None = Field(None, ge=2, description="train on so many, drawn")
+
+
+class Rounds(Part):
+    """keep: share of what is left that each round keeps. bisect: trials between the last round that held and the first
+    that did not.
+    """
+
+    keep: float = Field(0.8, gt=0, lt=1)
+    rewind: Literal["weights", "learning-rate"] = "learning-rate"
+    bisect: int = Field(2, ge=0)
+
+
+class Stop(Part):
+    """A round fails when its drop of top-1 is beyond `drop` and the noise, or a class surely loses more than `worst_class`
+    times as much. packed, latency: goals; rounds end where they are met (bytes; milliseconds of one image, the median).
+    """
+
+    drop: float = Field(0.005, ge=0, lt=1)
+    worst_class: float = Field(3.0, ge=1)
+    packed: int | None = Field(None, ge=1)
+    latency: float | None = Field(None, gt=0)
+
+
+class Strategy(Recipe):
+    """A recipe that is reached in rounds."""
+
+    build: str
+    weights: Path
+    out: Path | None = None
+    method: str | None = None
+    data: Source
+    rounds: Rounds = Rounds.model_validate({})
+    finetune: Settings = Settings.model_validate({})
+    stop: Stop = Stop.model_validate({})
+
+    @property
+    def recipe(self) -> Recipe:
+        """What is pruned at the end."""
+        return Recipe(**{key: getattr(self, key) for key in Recipe.model_fields})
+
+
+def make_strategy(values: Mapping[str, Any], where: str = "recipe") -> Strategy:
+    """From the keys of a YAML file; what it does not say is magnitude's. Raises SecateurError."""
+    base = METHODS["magnitude"] | {key: value for key, value in values.items() if value is not None}
+    if missing := [key for key in ("build", "weights", "data") if key not in base]:
+        raise SecateurError(
+            f"{where}: rounds need {missing[0]}: build, weights and data say what is pruned and measured"
+        )
+    if "sparsity" not in base and "threshold" not in base:
+        base["sparsity"] = 0.95
+    wanted = validate(Strategy, base, where)
+    check_rewind(wanted.rounds.rewind, wanted.rounds.keep, wanted.recipe)
+    return wanted
+
+
+@dataclass(frozen=True)
+class Sets:
+    """train: None where only measuring was asked for."""
+
+    test: Images
+    train: Images
+
+
+def read_sets(source: Source) -> Sets:
+    """What is measured on and what is trained on, apart. Raises SecateurError."""
+    settings: dict[str, Any] = {"size": source.size, "mean": source.mean, "std": source.std}
+    own = all(parts(source.source)) if source.source.exists() else False
+    saved = (source.source / "dataset_dict.json").is_file()
+    if source.train is not None:
+        test = load_images(source.source, **settings, part="test")
+        train = load_images(source.train, **settings, part="train")
+    elif own or saved:
+        test, train = (load_images(source.source, **settings, part=part) for part in ("test", "train"))
+    else:
+        train, test = load_images(source.source, **settings).split(source.holdout, seed=0)
+    if test.classes != train.classes and len(test.classes) != len(train.classes):
+        only = sorted(set(test.classes) ^ set(train.classes))
+        raise SecateurError(
+            f"the classes of {test.description} ({len(test.classes)}) and of {train.description} ({len(train.classes)}) "
+            f"differ, by {', '.join(only[:3])}"
+        )
+    if min(len(test), len(train)) < 2:
+        raise SecateurError(f"too few images: {len(train)} to train on, {len(test)} to measure on")
+    test = test if source.images is None else test.sample(source.images, 0)
+    return Sets(test, train if source.train_images is None else train.sample(source.train_images, 0))
+
+
+__all__ = ["KEYS", "Rounds", "Sets", "Source", "Stop", "Strategy", "Threshold", "make_strategy", "read_sets"]

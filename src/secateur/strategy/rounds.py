@@ -1,0 +1,387 @@
+"""Rounds: cut, estimate batch norms anew, train, measure; go on while it holds, halve the last step, keep the best."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from secateur.card import environment
+from secateur.data.images import Epochs
+from secateur.errors import SecateurError
+from secateur.measure.classify import Answers, Loss, answers, lost
+from secateur.measure.classify import as_dict as described
+from secateur.measure.costs import costs, latency
+from secateur.module import fresh, open_weights
+from secateur.pipeline import check_out
+from secateur.probe import TOLERANCE, answer, difference
+from secateur.recover import finetune_, reestimate_
+from secateur.recover.finetune import CHECKPOINT, disk
+from secateur.strategy import pages
+from secateur.strategy.propose import Case, examine
+from secateur.strategy.request import Strategy
+from secateur.stream.checkpoint import DTYPES
+from secateur.training.masks import Masks, named
+from secateur.training.pruner import Pruner
+from secateur.training.rewind import cut, progresses
+
+STATE, BATCH = "state.json", 64
+
+Progress = Callable[[str, int, int, str], None]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A round. progress: on the way to the recipe's sparsity; 0: the dense model, trained equally. cut: what was measured
+    before training; verdict: holds, or why not.
+    """
+
+    number: int
+    progress: float
+    sparsity: float
+    verdict: str
+    measures: dict[str, Any]
+    cut: dict[str, Any]
+    costs: dict[str, Any]
+    latency: dict[str, float]
+    seconds: float
+
+    @property
+    def holds(self) -> bool:
+        return self.verdict == "holds"
+
+
+@dataclass
+class Outcome:
+    """What the rounds came to. best: the number of the trial that was kept; 0: the dense model."""
+
+    wanted: Strategy
+    dense: dict[str, Any]
+    dense_costs: dict[str, Any]
+    trials: list[Trial]
+    best: int
+    ended: str
+    verified: float = 0.0
+    seconds: float = 0.0
+    layers: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def kept(self) -> Trial | None:
+        """The trial that was kept."""
+        return next((trial for trial in self.trials if trial.number == self.best), None)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "format": 1,
+            "versions": environment(),
+            "recipe": self.wanted.model_dump(mode="json"),
+            "dense": self.dense,
+            "dense_costs": self.dense_costs,
+            "trials": [asdict(trial) for trial in self.trials],
+            "best": self.best,
+            "sparsity": self.kept.sparsity if self.kept else 0.0,
+            "ended": self.ended,
+            "layers": self.layers,
+            "verified": self.verified,
+            "seconds": self.seconds,
+        }
+
+
+@dataclass
+class _Work:
+    """Rounds that are under way."""
+
+    wanted: Strategy
+    case: Case
+    folder: Path
+    dense: Answers
+    reference: nn.Module
+    progress: Progress
+    trials: list[Trial] = field(default_factory=list)
+    best: int = -1
+
+
+def run_rounds(
+    wanted: Strategy,
+    out: Path,
+    *,
+    resume: bool = False,
+    device: str = "cpu",
+    progress: Progress,
+    case: Case | None = None,
+) -> Outcome:
+    """Go through the rounds of a strategy. `out` gets model.safetensors, a page with plots, and every figure; it appears
+    when all is done and what was written gives the same answers in a fresh module.
+
+    Raises SecateurError for every mistake that can be known before work starts. Stopped, it goes on with resume.
+    """
+    started = time.perf_counter()
+    check_out(wanted.weights, out)
+    case = case or examine(wanted, device)
+    folder = out.with_name(f"{out.name}.partial")
+    key = _key(wanted, case)
+    trials, best = _begin(folder, key, resume)
+    reference = fresh(case.make, case.weights, "auto", device)
+    progress("measure", 0, 1, "the dense model")
+    dense = answers(reference, case.sets.test.batches(BATCH, device))
+    work = _Work(wanted, case, folder, dense, reference, progress, trials, best)
+    ended = _all(work, key)
+    outcome = Outcome(
+        wanted,
+        described(dense),
+        costs(reference, _example(case)).as_dict(),
+        work.trials,
+        max(work.best, 0),
+        ended,
+        seconds=time.perf_counter() - started + sum(t.seconds for t in trials),
+    )
+    _finish(work, outcome, out)
+    return outcome
+
+
+def _all(work: _Work, key: dict[str, Any]) -> str:
+    """Every round; returns why it ended."""
+    wanted = work.wanted
+    _round(work, key, 0.0)
+    low = 0.0
+    for place in progresses(wanted.recipe, wanted.rounds.keep):
+        if _round(work, key, place).holds:
+            low = place
+            if goal := _goal(work):
+                return goal
+            continue
+        high = place
+        for _ in range(wanted.rounds.bisect):
+            middle = (low + high) / 2
+            if _round(work, key, middle).holds:
+                low = middle
+            else:
+                high = middle
+        failed = next(t for t in work.trials if not t.holds and t.progress > 0)
+        return f"{failed.sparsity:.1%} did not hold: {failed.verdict}"
+    return "the recipe's sparsity was reached"
+
+
+def _round(work: _Work, key: dict[str, Any], place: float) -> Trial:
+    """A trial, or what an earlier run has of it."""
+    known = next((t for t in work.trials if abs(t.progress - place) < 1e-9), None)
+    if known is not None:
+        return known
+    number = len(work.trials)
+    started = time.perf_counter()
+    model, wanted, case = _start(work), work.wanted, work.case
+    masks = Masks({})
+    before: dict[str, Any] = {}
+    if place > 0:
+        masks = cut(model, wanted.recipe, _there(model, case), place)
+        if wanted.rounds.rewind == "weights":
+            model.load_state_dict(work.reference.state_dict())
+        masks.apply_(model)
+        reestimate_(model, case.norm_batches(BATCH))
+        before = described(given := _answers(work, model), lost(work.dense, given))
+    _train(work, model, masks, number)
+    given = _answers(work, model)
+    loss = lost(work.dense, given)
+    example = _example(case)
+    times = latency({"dense": work.reference, "pruned": model}, example)
+    now = {f"dense_{k}": v for k, v in times["dense"].items()} | times["pruned"]
+    found = costs(model, example).as_dict()
+    verdict = _verdict(wanted, loss) if place > 0 else "holds"
+    trial = Trial(
+        number,
+        place,
+        masks.sparsity if place > 0 else 0.0,
+        verdict,
+        described(given, loss),
+        {key: before.get(key) for key in ("top1", "drop", "kl")},
+        found,
+        now,
+        time.perf_counter() - started,
+    )
+    _note(work, key, trial, model)
+    return trial
+
+
+def _start(work: _Work) -> nn.Module:
+    """The best model so far. The first cut starts from the dense one, as it was given."""
+    model = fresh(work.case.make, work.case.weights, "auto", work.case.device)
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    if work.best > 0:
+        model.load_state_dict(load_file(work.folder / f"best-{work.best}.safetensors", device=work.case.device))
+    return model
+
+
+def _there(model: nn.Module, case: Case) -> Masks:
+    """What earlier rounds left."""
+    wanted = {s.layer.parameter for s in case.plan.settings}
+    return Masks({name: p.detach() != 0 for name, p in named(model) if name in wanted})
+
+
+def _train(work: _Work, model: nn.Module, masks: Masks, number: int) -> None:
+    wanted, case = work.wanted, work.case
+    settings = wanted.finetune.model_copy(update={"seed": wanted.finetune.seed + number})
+    batches = Epochs(case.sets.train, settings.batch, settings.seed, settings.augment, case.device)
+
+    def hold(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> Pruner:
+        return Pruner(
+            model, wanted.recipe, optimizer, steps, method="static", masks=masks, start=0.0, end=0.0, every=steps
+        )
+
+    finetune_(
+        model,
+        batches,
+        settings,
+        prune=hold if masks.keep else None,
+        teacher=work.reference if settings.distil else None,
+        folder=work.folder / f"round-{number}",
+        resume=True,
+        progress=lambda stage, done, of, detail: work.progress(stage, done, of, f"round {number}, {detail}"),
+    )
+    masks.apply_(model)
+
+
+def _answers(work: _Work, model: nn.Module) -> Answers:
+    return answers(model, work.case.sets.test.batches(BATCH, work.case.device))
+
+
+def _verdict(wanted: Strategy, loss: Loss) -> str:
+    """holds, or the rule that it breaks."""
+    stop = wanted.stop
+    if loss.drop > stop.drop + loss.noise:
+        return (
+            f"top-1 drops by {100 * loss.drop:.2f} points, more than {100 * stop.drop:.2f} and the noise of "
+            f"{100 * loss.noise:.2f}"
+        )
+    if loss.worst_sure > stop.worst_class * max(loss.drop, stop.drop):
+        return (
+            f"class {loss.worst_class} surely loses {100 * loss.worst_sure:.1f} points, more than "
+            f"{stop.worst_class:g} times "
+            "the mean or the tolerance"
+        )
+    return "holds"
+
+
+def _goal(work: _Work) -> str:
+    """Which goal the last trial meets; nothing where none does."""
+    trial, stop = work.trials[-1], work.wanted.stop
+    if stop.packed is not None and trial.costs["packed"] <= stop.packed:
+        return f"packed, it takes {trial.costs['packed']:,} bytes, within {stop.packed:,}"
+    if stop.latency is not None and trial.latency["p50_1"] <= stop.latency:
+        return f"an image takes {trial.latency['p50_1']:.2f} ms, within {stop.latency:g}"
+    return ""
+
+
+# What is on the disk
+
+
+def _key(wanted: Strategy, case: Case) -> dict[str, Any]:
+    file = case.weights.folder / case.weights.shards[0]
+    return json.loads(
+        json.dumps(
+            {
+                "recipe": wanted.model_dump(mode="json", exclude={"out"}),
+                "weights": [file.stat().st_size, file.stat().st_mtime_ns],
+                "images": [case.sets.test.description, case.sets.train.description],
+                "versions": environment(),
+            }
+        )
+    )
+
+
+def _begin(folder: Path, key: dict[str, Any], resume: bool) -> tuple[list[Trial], int]:
+    """What an earlier run has done. Raises SecateurError where it is not to be gone on with."""
+    if not folder.exists():
+        with disk(folder):
+            folder.mkdir(parents=True)
+        return [], -1
+    if not resume:
+        raise SecateurError(f"{folder} is what a run that was stopped has left: go on with --resume, or delete it")
+    if not (folder / STATE).exists():
+        return [], -1
+    state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    if state["key"] != key:
+        changed = [name for name in key if state["key"].get(name) != key[name]]
+        raise SecateurError(
+            f"{folder} was made with other settings ({', '.join(changed)}): give the same, or delete it"
+        )
+    return [Trial(**row) for row in state["trials"]], int(state["best"])
+
+
+def _note(work: _Work, key: dict[str, Any], trial: Trial, model: nn.Module) -> None:
+    """Weights first, then the state that names them: whichever is there belongs together."""
+    work.trials.append(trial)
+    old = work.best
+    with disk(work.folder):
+        if trial.holds and trial.progress > 0:
+            work.best = trial.number
+            _save(model, work.folder / f"best-{trial.number}.safetensors")
+        state = {"key": key, "best": work.best, "trials": [asdict(t) for t in work.trials]}
+        partial = work.folder / f"{STATE}.partial"
+        partial.write_text(json.dumps(state, indent=1), encoding="utf-8")
+        os.replace(partial, work.folder / STATE)
+        if old != work.best:
+            (work.folder / f"best-{old}.safetensors").unlink(missing_ok=True)
+        (work.folder / f"round-{trial.number}" / CHECKPOINT).unlink(missing_ok=True)
+
+
+def _save(model: nn.Module, path: Path, dtypes: Mapping[str, torch.dtype] | None = None) -> None:
+    seen: dict[int, str] = {}
+    tensors = {}
+    for name, value in model.state_dict().items():
+        if dtypes is not None and name not in dtypes:
+            continue
+        if seen.setdefault(value.data_ptr(), name) != name and value.numel():
+            value = value.clone()
+        tensors[name] = value.detach().cpu().to((dtypes or {}).get(name, value.dtype)).contiguous().clone()
+    partial = path.with_name(f"{path.name}.partial")
+    save_file(tensors, partial)
+    os.replace(partial, path)
+
+
+def _finish(work: _Work, outcome: Outcome, out: Path) -> None:
+    """The best model as a file with the names and dtypes of the one given, read back and compared; pages and figures."""
+    case, model = work.case, _start(work)
+    model.eval()
+    dtypes = {name: DTYPES[entry.dtype] for name, entry in case.weights.entries.items()}
+    path = work.folder / "model.safetensors"
+    with disk(work.folder):
+        _save(model, path, dtypes)
+    again = fresh(case.make, open_weights(path), "auto", case.device)
+    x = case.sets.test.batch(range(min(8, len(case.sets.test))), case.device)[0]
+    with torch.no_grad():
+        outcome.verified = difference(answer(again(x)), answer(model(x)))
+    if not outcome.verified <= TOLERANCE:
+        raise SecateurError(
+            f"a fresh module with the written weights answers differently, by {outcome.verified:.2g} of the largest "
+            "output: "
+            f"it depends on something that is not in its state dict. All that was done is in {work.folder}."
+        )
+    there = _there(model, case)
+    outcome.layers = {name: 1 - float(keep.float().mean()) for name, keep in there.keep.items()}
+    with disk(work.folder):
+        (work.folder / "secateur.json").write_text(json.dumps(outcome.as_dict(), indent=2), encoding="utf-8")
+        pages.rounds(outcome, work.folder, case)
+        for left in (*work.folder.glob("best-*.safetensors"), work.folder / STATE):
+            left.unlink(missing_ok=True)
+        logs = work.folder / "logs"
+        for folder in sorted(work.folder.glob("round-*")):
+            logs.mkdir(exist_ok=True)
+            if (folder / "log.jsonl").exists():
+                os.replace(folder / "log.jsonl", logs / f"{folder.name}.jsonl")
+            shutil.rmtree(folder)
+        os.replace(work.folder, out)
+
+
+def _example(case: Case) -> torch.Tensor:
+    return case.sets.test.batch(range(1), case.device)[0]
