@@ -37,7 +37,7 @@ def strategy(found: Proposal, folder: Path, out: Path) -> None:
         "",
         f"The dense model: top-1 {_percent(dense['top1'])} (95 % interval {_percent(dense['top1_low'])} to "
         f"{_percent(dense['top1_high'])}), top-5 {_percent(dense['top5'])} on {dense['images']:,} images; "
-        f"{found.costs.params:,} parameters, {found.costs.bytes / 1e6:.1f} MB, {found.costs.macs / 1e6:,.0f} M MACs, "
+        f"{found.costs.params:,} parameters, {_short(found.costs.bytes)}B, {_short(found.costs.macs)}MACs, "
         f"{found.latency['p50_1']:.1f} ms an image (median; 95th percentile {found.latency['p95_1']:.1f}), "
         f"{found.latency['p50_32']:.0f} ms for 32.",
         "",
@@ -205,7 +205,7 @@ def _heat(found: Proposal, path: Path) -> None:
                 color="white" if dark else "black",
             )
     axes.set_xlabel("threshold: weights below it go (number: % of the layer's weights)")
-    figure.colorbar(image, ax=axes, label="KL against the dense model, nats")
+    figure.colorbar(image, ax=axes, label="KL, nats")
     figure.savefig(path, dpi=130)
 
 
@@ -263,8 +263,8 @@ def rounds(found: Outcome, folder: Path, case: Case) -> None:
             (
                 "round",
                 "non-zeros",
-                "packed MB",
-                "M MACs with a weight",
+                "packed, bytes",
+                "MACs with a weight",
                 "dead channels",
                 "ms, 1: median, 95th",
                 "ms, 32",
@@ -274,8 +274,8 @@ def rounds(found: Outcome, folder: Path, case: Case) -> None:
                 (
                     "given",
                     f"{costs['nnz']:,}",
-                    f"{costs['packed'] / 1e6:.2f}",
-                    f"{costs['nnz_macs'] / 1e6:,.1f}",
+                    _short(costs["packed"]),
+                    _short(costs["nnz_macs"]),
                     f"{costs['dead_channels']} of {costs['channels']:,}",
                     "",
                     "",
@@ -319,8 +319,8 @@ def _headline(found: Outcome, best: Trial | None) -> str:
 
 def _trial_row(trial: Trial, classes: Sequence[str], best: int) -> tuple[str, ...]:
     m = trial.measures
-    worst = m["worst_class"]
-    name = classes[worst] if worst < len(classes) else str(worst)
+    drop, worst = max((drop, -i) for i, drop in enumerate(m["class_drops"]) if drop is not None)
+    name = classes[-worst] if -worst < len(classes) else str(-worst)
     return (
         f"**{trial.number}**" if trial.number == best and trial.progress > 0 else str(trial.number),
         _percent(trial.sparsity),
@@ -330,7 +330,7 @@ def _trial_row(trial: Trial, classes: Sequence[str], best: int) -> tuple[str, ..
         _percent(m["top5"]),
         _percent(m["flips"]),
         f"{m['kl']:.3f}",
-        f"{name} ({100 * (m['class_drops'][worst] or 0):+.1f})",
+        f"{name} ({100 * drop:+.1f})",
         trial.verdict,
     )
 
@@ -340,8 +340,8 @@ def _cost_row(trial: Trial) -> tuple[str, ...]:
     return (
         str(trial.number),
         f"{c['nnz']:,}",
-        f"{c['packed'] / 1e6:.2f}",
-        f"{c['nnz_macs'] / 1e6:,.1f}",
+        _short(c["packed"]),
+        _short(c["nnz_macs"]),
         f"{c['dead_channels']} of {c['channels']:,}",
         f"{ms['p50_1']:.2f}, {ms['p95_1']:.2f}",
         f"{ms['p50_32']:.1f}, {ms['p95_32']:.1f}",
@@ -426,3 +426,11 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
 
 def _percent(share: float, digits: int = 1) -> str:
     return f"{100 * share:.{digits}f} %"
+
+
+def _short(number: float) -> str:
+    """1.25 M, 340 k, 12; a unit may follow."""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:.0f} "

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
 from torch import Tensor, nn
 
 from secateur.card import environment
@@ -23,7 +24,7 @@ from secateur.measure.costs import Costs, costs, latency
 from secateur.module import find_function, fresh, open_weights
 from secateur.pipeline import check_out
 from secateur.plan import Plan, make_plan
-from secateur.recipe import Override, Recipe, method, to_yaml
+from secateur.recipe import Override, Recipe, method
 from secateur.recover import reestimate_
 from secateur.recover.finetune import disk
 from secateur.strategy import pages
@@ -34,7 +35,6 @@ from secateur.training.rewind import cut, progresses
 
 TARGETS = (0.5, 0.8, 0.9, 0.95)  # of the whole model, by each allocation
 ALLOCATIONS = ("uniform", "erdos-renyi", "lamp", "global", "measured")
-ENDS = 0.05  # of the weights: the first and the last layer are left alone where they hold no more
 IMAGES = 256  # that a scan asks about
 NORM_BATCHES = 16  # of training images, for batch norms
 PROBES = "scan.jsonl"
@@ -170,14 +170,6 @@ def first_request(
     return make_strategy(values, "strategy")
 
 
-def ends(model: nn.Module, plan: Plan) -> list[str]:
-    """The first and the last layer, where they hold little and there are others."""
-    names = [s.layer.name for s in plan.settings]
-    sizes = {s.layer.name: s.layer.shape[0] * s.layer.shape[1] for s in plan.settings}
-    found = [names[0], names[-1]] if len(names) > 3 else []
-    return found if sum(sizes[n] for n in found) <= ENDS * sum(sizes.values()) else []
-
-
 def expect(case: Case, wanted: Strategy, images: int) -> Expected:
     """By a few forwards and a training step on this machine, before anything begins."""
     batches = case.batches(min(images, 64), 64)
@@ -214,7 +206,8 @@ def propose(
     """
     started, seconds = time.perf_counter(), {}
     staging = out.with_name(f"{out.name}.partial")
-    _prepare(staging, out, resume, _key(wanted, case, images))
+    check_out(wanted.weights, out)
+    _prepare(staging, resume, _key(wanted, case, images))
     batches = case.batches(images)
     dense_sample = answers(case.model, batches)
     progress("measure", 0, 1, "the dense model")
@@ -222,9 +215,8 @@ def propose(
     probes = _scan(case, staging, batches, dense_sample, progress)
     seconds["scan"] = time.perf_counter() - started
     sizes = {s.layer.name: s.layer.shape[0] * s.layer.shape[1] for s in case.plan.settings}
-    kept = ends(case.model, case.plan)
-    allocated = _allocations(case, wanted, probes, sizes, kept, batches, dense_sample, progress)
-    final = _decide(wanted, allocated, probes, sizes, kept)
+    allocated = _allocations(case, wanted, probes, sizes, batches, dense_sample, progress)
+    final = _decide(wanted, allocated, probes, sizes)
     example = batches[0][0][:1]
     proposal = Proposal(
         final,
@@ -234,7 +226,7 @@ def propose(
         probes,
         allocated,
         sizes,
-        {**dict(case.plan.protected), **dict.fromkeys(kept, "the first and the last layer stay")},
+        dict(case.plan.protected),
         {"measured on": case.sets.test.description, "to train on": case.sets.train.description},
         len(progresses(final.recipe, final.rounds.keep)),
         seconds,
@@ -254,7 +246,8 @@ def recipe_text(wanted: Strategy) -> str:
         "# Written from measurements; see README.md beside it. Run it:  secateur run recipe.yaml\n"
         "# Relative paths start at the directory where the command runs.\n"
     )
-    return head + to_yaml(wanted)
+    unread = {"damp", "calibration", "probes", "dtype", "update", "include"}  # by magnitude, at their defaults
+    return head + yaml.safe_dump(wanted.model_dump(mode="json", exclude_none=True, exclude=unread), sort_keys=False)
 
 
 def _key(wanted: Strategy, case: Case, images: int) -> dict[str, Any]:
@@ -263,9 +256,8 @@ def _key(wanted: Strategy, case: Case, images: int) -> dict[str, Any]:
     return {"asked": asked, "images": images, "size": file.stat().st_size, "versions": environment()}
 
 
-def _prepare(staging: Path, out: Path, resume: bool, key: dict[str, Any]) -> None:
+def _prepare(staging: Path, resume: bool, key: dict[str, Any]) -> None:
     """A folder to work in. Raises SecateurError where there is one already that is not to be gone on with."""
-    check_out(Path("."), out)
     text = json.dumps(key, sort_keys=True, default=str)
     if staging.exists():
         known = (staging / "key.json").read_text(encoding="utf-8") if (staging / "key.json").exists() else ""
@@ -306,7 +298,6 @@ def _allocations(
     wanted: Strategy,
     probes: Sequence[Probe],
     sizes: Mapping[str, int],
-    kept: Sequence[str],
     batches: list[tuple[Tensor, Tensor]],
     dense: Answers,
     progress: Progress,
@@ -318,7 +309,7 @@ def _allocations(
     for number, (target, allocation) in enumerate(grid):
         progress("allocate", number, len(grid), f"{allocation} {target:.0%}")
         model = copy.deepcopy(case.model)
-        recipe = allocation_recipe(wanted, allocation, target, probes, sizes, kept)
+        recipe = allocation_recipe(wanted, allocation, target, probes, sizes)
         masks = cut(model, recipe, Masks({}), 1.0)
         masks.apply_(model)
         reestimate_(model, norms)
@@ -334,14 +325,12 @@ def allocation_recipe(
     target: float,
     probes: Sequence[Probe],
     sizes: Mapping[str, int],
-    kept: Sequence[str],
 ) -> Recipe:
     """A recipe of magnitude for the whole model. The target counts the layers that are pruned."""
-    protect = [*wanted.protect, *(name for name in kept if name not in wanted.protect)]
+    protect = wanted.protect
     if allocation != "measured":
         return method("magnitude", sparsity=target, allocation=allocation, protect=protect)
-    free = {name: size for name, size in sizes.items() if name not in kept}
-    shares = measured_sparsities(probes, dict(free), target)
+    shares = measured_sparsities(probes, sizes, target)
     overrides = [Override(match=name, sparsity=round(share, 4)) for name, share in shares.items()]
     return method("magnitude", sparsity=target, overrides=overrides, protect=protect)
 
@@ -351,12 +340,11 @@ def _decide(
     allocated: Sequence[Allocated],
     probes: Sequence[Probe],
     sizes: Mapping[str, int],
-    kept: Sequence[str],
 ) -> Strategy:
     """The allocation whose KL has the lowest ranks over the sparsities."""
     chosen = best_allocation(allocated)
     target = wanted.sparsity if wanted.sparsity is not None else 0.95
-    recipe = allocation_recipe(wanted, chosen, target, probes, sizes, kept)
+    recipe = allocation_recipe(wanted, chosen, target, probes, sizes)
     changed = {key: getattr(recipe, key) for key in ("allocation", "overrides", "protect")}
     return wanted.model_copy(update=changed)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -64,7 +64,7 @@ def probe(model: nn.Module, setting: Setting, by: str, value: float, batches: Ba
 
 
 def measured_sparsities(
-    probes: Sequence[Probe], sizes: dict[str, int], target: float, most: float = 0.99
+    probes: Sequence[Probe], sizes: Mapping[str, int], target: float, most: float = 0.99
 ) -> dict[str, float]:
     """Per layer the sparsity at which its own KL reaches a level that is the same for all, so that over all layers the
     target is met: layers that feel it less lose more.

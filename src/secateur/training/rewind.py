@@ -75,7 +75,7 @@ def progresses(recipe: Recipe, keep: float) -> list[float]:
     sparsity = recipe.sparsity or 0.0
     found = []
     left = keep
-    while left > 1 - sparsity + 1e-9:
+    while left > (1 - sparsity) * 1.15:  # a last round that changes next to nothing is none
         found.append(math.log(left) / math.log(1 - sparsity))
         left *= keep
     return [*found, 1.0]
