@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import secateur
-from common import RESULTS, SHARED, append, machine, rows
+from common import RESULTS, ROOT, SHARED, append, machine, rows
 from secateur.data.images import Epochs, Images, load_images
 from secateur.recover import Settings, finetune_, reestimate_
 from secateur.training import METHODS, Pruner
@@ -89,7 +89,7 @@ def overhead() -> Iterator[dict[str, Any]]:
     yield {"name": "hook", "sparsity": 0.9}
 
 
-EPOCHS = 15  # of the gradual part
+EPOCHS = 5  # of the gradual part
 PARTS = {"oneshot": oneshot, "methods": methods, "gradual": gradual, "overhead": overhead}
 
 
@@ -138,7 +138,14 @@ def _oneshot(cell: dict[str, Any], device: str) -> dict[str, Any]:
 
 def _trained(depth: int, cell: dict[str, Any], device: str) -> dict[str, Any]:
     model, name, sparsity = resnet(depth, device), cell["name"], cell["sparsity"]
-    settings = Settings(epochs=cell["epochs"], lr=0.05, batch=128, augment=("flip", "crop"), seed=cell["seed"])
+    settings = Settings(
+        epochs=cell["epochs"],
+        lr=0.05,
+        batch=128,
+        augment=("flip", "crop"),
+        seed=cell["seed"],
+        precision="bfloat16" if depth == 56 else "float32",
+    )
     batches = Epochs(cifar("train", device), settings.batch, settings.seed, settings.augment, device)
     held: list[Pruner] = []
 
@@ -146,11 +153,12 @@ def _trained(depth: int, cell: dict[str, Any], device: str) -> dict[str, Any]:
         criterion, method = ("random", "static") if name == "random" else ("magnitude", name)
         allocation = "global" if depth == 56 else "erdos-renyi"
         recipe = secateur.method(criterion, sparsity=sparsity, allocation=allocation, protect=ENDS, seed=settings.seed)
-        held.append(Pruner(model, recipe, optimizer, steps, method=method))
+        held.append(Pruner(model, recipe, optimizer, steps, method=method, end=0.5 if depth == 56 else 0.75))
         return held[0]
 
     started = time.perf_counter()
-    history = finetune_(model, batches, settings, prune=None if name == "dense" else prune)
+    folder = ROOT / f"build/training/{depth}-{name}-{sparsity}-{cell['seed']}-{cell['epochs']}"
+    history = finetune_(model, batches, settings, prune=None if name == "dense" else prune, folder=folder, resume=True)
     report = held[0].report() if held else None
     return {
         "accuracy": accuracy(model, device),
