@@ -23,7 +23,7 @@ from torch import nn
 
 import secateur
 from common import RESULTS, ROOT, SHARED, append, machine, rows
-from secateur.data.images import Epochs, Images, load_images
+from secateur.data.images import Epochs, Images, from_tensors, load_images
 from secateur.recover import Settings, finetune_, reestimate_
 from secateur.training import METHODS, Pruner
 from vision import CifarResNet, fetch
@@ -38,12 +38,7 @@ def cifar(part: str, device: str) -> Images:
     """CIFAR-10, its pixels on the device."""
     fetch("pillow==12.0.0", "PIL")
     found = load_images(SHARED / f"data/cifar10/{part}.npz")
-    pixels = found.read(range(len(found))).to(device)
-    from dataclasses import replace
-
-    from secateur.data.images import _of_tensor
-
-    return replace(found, read=_of_tensor(pixels))
+    return from_tensors(found.read(range(len(found))).to(device), found.labels, found.description)
 
 
 def resnet(depth: int, device: str) -> nn.Module:

@@ -17,6 +17,7 @@ from rich.text import Text
 
 from secateur import doctor
 from secateur.demo.run import Row
+from secateur.demo.vision import NAMES, Lottery, interval
 from secateur.estimate import Expected
 from secateur.evaluation import Evaluation
 from secateur.measure.quality import Estimate
@@ -42,6 +43,7 @@ STAGES = {
     "evaluate": "evaluating",
     "latency": "latency",
     "scan": "testing layers",
+    "seeds": "training nets",
     "train": "training",
 }
 NO_GAIN = (
@@ -520,3 +522,16 @@ def rounds(found: Outcome, out: Path) -> RenderableType:
         )
     where = f"The best (*) is {out}/model.safetensors; look at {out}/README.md."
     return Group(table, f"It ended because {found.ended}.", where)
+
+
+def lottery(found: Lottery) -> RenderableType:
+    """The four kinds of net after the last round."""
+    table = Table(title=f"LeNet-300-100 on digits, {found.sparsity:.0%} of its weights gone")
+    table.add_column("net, all trained equally")
+    table.add_column("accuracy", justify="right")
+    table.add_column("the pruned one is ahead by, points", justify="right")
+    for kind, label in NAMES.items():
+        mean, noise = interval(found.values(kind))
+        ahead = "" if kind == "pruned" else "{:+.2f} ± {:.2f}".format(*(100 * v for v in found.ahead(kind)))
+        table.add_row(label, f"{100 * mean:.2f} ± {100 * noise:.2f} %", ahead)
+    return Group(table, f"Means over {len(found.values('pruned'))} seeds, 95 % intervals. Figure: {found.figure}")

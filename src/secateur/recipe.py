@@ -50,6 +50,24 @@ class Calibration(Part):
     seed: int | None = None
 
 
+class Training(Part):
+    """How masks change while a model trains; what is None is left to the method. See `secateur.training.Pruner`."""
+
+    method: str = "gradual"
+    schedule: str | None = None
+    start: float = Field(0.0, ge=0, le=1)
+    end: float = Field(0.75, ge=0, le=1)
+    every: int | None = Field(None, ge=1)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Training:
+        if self.end < self.start:
+            raise ValueError(
+                f"it ends at {self.end}, before it starts at {self.start}: shares of the steps, start <= end"
+            )
+        return self
+
+
 class Override(Part):
     """Other settings for the layers whose names match a glob; a later override wins."""
 
@@ -78,6 +96,7 @@ class Recipe(Part):
     include: tuple[str, ...] = ()
     overrides: tuple[Override, ...] = ()
     calibration: Calibration = Calibration()
+    training: Training | None = None
     probes: int = Field(4, ge=1, description="Rademacher probes per batch for the curvature of `obd`")
     seed: int = Field(0, ge=0, lt=2**63)
     dtype: str = "auto"
@@ -282,7 +301,7 @@ def _explain(kind: type[BaseModel], error: Any) -> str:
 
 
 def _fields(kind: type[BaseModel], path: tuple[Any, ...]) -> list[str]:
-    parts = {"threshold": Threshold, "calibration": Calibration, "overrides": Override}
+    parts = {"threshold": Threshold, "calibration": Calibration, "overrides": Override, "training": Training}
     owner = next((parts[step] for step in reversed(path) if step in parts), kind)
     return list(owner.model_fields)
 

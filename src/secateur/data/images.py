@@ -130,6 +130,12 @@ def load_images(
     return replace(found, mean=means, std=stds)
 
 
+def from_tensors(pixels: Tensor, labels: Tensor, description: str, classes: Sequence[str] = ()) -> Images:
+    """Images that are in memory. pixels: [n, ..], uint8 of 0..255 with channels first, or floats that the model takes."""
+    names = tuple(classes) or tuple(str(i) for i in range(int(labels.max()) + 1))
+    return Images(_of_tensor(pixels), labels.long().cpu(), names, description)
+
+
 def parts(path: Path) -> tuple[bool, bool]:
     """Whether a source has a training part and a test part of its own."""
     if not path.is_dir():
@@ -379,6 +385,8 @@ class Epochs:
         unknown = [name for name in self.augment if name not in AUGMENT]
         if unknown:
             raise SecateurError(f"unknown augmentation {unknown[0]!r}; known: {', '.join(AUGMENT)}")
+        if self.augment and not len(self.images.read([0]).shape) == 4:
+            raise SecateurError("vectors are not augmented: leave augment empty")
         if self.size < 1:
             raise SecateurError(f"batch is {self.size}; expected 1 image or more")
 

@@ -31,7 +31,7 @@ from secateur.strategy import pages
 from secateur.strategy.request import Sets, Source, Strategy, make_strategy, read_sets
 from secateur.strategy.scan import Probe, cells, measured_sparsities, probe
 from secateur.training.masks import Masks
-from secateur.training.rewind import cut, progresses
+from secateur.training.rewind import KEPT, cut, progresses
 
 TARGETS = (0.5, 0.8, 0.9, 0.95)  # of the whole model, by each allocation
 ALLOCATIONS = ("uniform", "erdos-renyi", "lamp", "global", "measured")
@@ -154,6 +154,7 @@ def first_request(
     tolerance: float,
     target: float,
     finetune: Mapping[str, Any],
+    keep: float = KEPT,
     protect: Sequence[str] = (),
 ) -> Strategy:
     """What is known before anything was measured."""
@@ -165,6 +166,7 @@ def first_request(
         "sparsity": target,
         "protect": list(protect),
         "finetune": dict(finetune),
+        "rounds": {"keep": keep},
         "stop": {"drop": tolerance},
     }
     return make_strategy(values, "strategy")

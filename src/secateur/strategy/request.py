@@ -82,6 +82,8 @@ def make_strategy(values: Mapping[str, Any], where: str = "recipe") -> Strategy:
     if "sparsity" not in base and "threshold" not in base:
         base["sparsity"] = 0.95
     wanted = validate(Strategy, base, where)
+    if wanted.training is not None:
+        raise SecateurError(f"{where}: masks stay as they are within a round: drop `training`")
     check_rewind(wanted.rounds.rewind, wanted.rounds.keep, wanted.recipe)
     return wanted
 

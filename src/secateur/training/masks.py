@@ -62,7 +62,7 @@ class Masks:
     def sparsity(self) -> float:
         """Share removed of all weights under a mask."""
         total = sum(mask.numel() for mask in self.keep.values())
-        return 1 - sum(int(mask.sum()) for mask in self.keep.values()) / max(total, 1)
+        return 1 - sum(int(mask.sum()) for mask in self.keep.values()) / total if total else 0.0
 
     def digest(self) -> str:
         """Equal for equal masks."""

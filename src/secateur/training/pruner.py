@@ -20,7 +20,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from secateur.errors import SecateurError
 from secateur.plan import make_plan
-from secateur.recipe import Recipe, nearest
+from secateur.recipe import Recipe, Training, nearest
 from secateur.training.calibrated import chooser
 from secateur.training.masks import Masks, named, placed, whole
 from secateur.training.methods import METHODS
@@ -59,7 +59,8 @@ class Pruner:
 
     model: as it is trained, wrapped or not. recipe: what to prune and how far. optimizer: any of torch's kind; accelerate's
     is looked into. total_steps: of the optimizer. method: see METHODS. schedule: see SCHEDULES; by default the method's.
-    start, end: shares of the steps between which masks change; every: steps from one choice to the next.
+    start, end: shares of the steps between which masks change; every: steps from one choice to the next. What is not given
+    here is what the recipe says under `training`, or else gradual, from 0 to 0.75.
     masks: to begin with, such as those of a pruned checkpoint (`Masks.of_zeros`). data, loss: calibration batches, and
     loss(model, batch), for criteria that read what no training step has (wanda, ria, obs, obd), and for taylor and fisher
     instead of the gradient of the last step. resume: a file that `save` wrote, for a model whose weights were loaded
@@ -75,16 +76,19 @@ class Pruner:
         optimizer: Any,
         total_steps: int,
         *,
-        method: str = "gradual",
+        method: str | None = None,
         schedule: str | None = None,
-        start: float = 0.0,
-        end: float = 0.75,
+        start: float | None = None,
+        end: float | None = None,
         every: int | None = None,
         masks: Masks | None = None,
         data: Iterable[Any] | None = None,
         loss: Loss | None = None,
         resume: str | Path | None = None,
     ) -> None:
+        said = recipe.training or Training.model_validate({})
+        method, schedule, every = method or said.method, schedule or said.schedule, every or said.every
+        start, end = said.start if start is None else start, said.end if end is None else end
         if method not in METHODS:
             raise SecateurError(
                 f"unknown training method {method!r}{nearest(method, METHODS)}; known: {', '.join(METHODS)}"
