@@ -1,8 +1,8 @@
 """A strategy and its rounds, on real classifiers: what it proposes, where it stops, how long that takes.
 
     python benchmarks/strategy.py resnet56          # CIFAR-10; half an hour on two cores
-    python benchmarks/strategy.py efficientnet      # ImageNet's sample: 1,000 images, so that it can only measure, not
-    train python benchmarks/strategy.py vit               # 150M random parameters: does its scan fit in memory, what will it take
+    python benchmarks/strategy.py efficientnet      # a sample of ImageNet of 1,000 images: too few to train on
+    python benchmarks/strategy.py vit               # 150M random parameters: memory, and what it will take
 
 Pages and recipes go to build/strategy, figures to results/strategy.jsonl.
 """

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from secateur.data import call
 
 KINDS = (nn.Linear, nn.modules.conv._ConvNd)
+TRANSPOSED = nn.modules.conv._ConvTransposeNd
 WARM = 3  # calls before time counts
 
 
@@ -40,10 +41,15 @@ class Costs:
 def costs(model: nn.Module, example: Any) -> Costs:
     """example: inputs of the model; the first dimension is the sample, of which there may be several."""
     places: dict[str, int] = {}
-    hooks = [
-        module.register_forward_hook(
-            lambda _, __, out, name=name: places.update({name: places.get(name, 0) + _count(out)})
+
+    def note(name: str, module: Any, given: Tensor, out: Tensor) -> None:
+        where = (
+            given.numel() // len(module.weight) if isinstance(module, TRANSPOSED) else out.numel() // _outputs(module)
         )
+        places[name] = places.get(name, 0) + where
+
+    hooks = [
+        module.register_forward_hook(lambda m, args, out, name=name: note(name, m, args[0], out))
         for name, module in model.named_modules()
         if isinstance(module, KINDS)
     ]
@@ -60,16 +66,13 @@ def costs(model: nn.Module, example: Any) -> Costs:
     samples = len(example) if isinstance(example, Tensor) else len(next(iter(example.values())))
     macs = nnz_macs = dead = channels = 0
     for name, count in places.items():
-        weight: Any = model.get_submodule(name).weight
-        there = weight != 0
-        outputs = (
-            weight.shape[1] if isinstance(model.get_submodule(name), nn.modules.conv._ConvTransposeNd) else len(weight)
-        )
-        each = count // samples // outputs  # positions of the output
-        macs += each * weight.numel()
+        module: Any = model.get_submodule(name)
+        there = module.weight != 0
+        each = count // samples  # positions at which the whole weight is used
+        macs += each * there.numel()
         nnz_macs += each * int(there.sum())
-        alive = there.flatten(1).any(1) if outputs == len(weight) else there.transpose(0, 1).flatten(1).any(1)
-        dead, channels = dead + int((~alive).sum()), channels + outputs
+        alive = int(_alive(module, there).sum())
+        dead, channels = dead + _outputs(module) - alive, channels + _outputs(module)
     parameters = list({id(p): p for p in model.parameters()}.values())
     tensors = [*parameters, *model.buffers()]
     size = sum(t.numel() * t.element_size() for t in tensors)
@@ -78,8 +81,16 @@ def costs(model: nn.Module, example: Any) -> Costs:
     return Costs(sum(p.numel() for p in parameters), nnz, size, packed, macs, nnz_macs, dead, channels)
 
 
-def _count(out: Any) -> int:
-    return out.numel() if isinstance(out, Tensor) else 0
+def _outputs(module: Any) -> int:
+    """Channels of the output."""
+    return module.weight.shape[1] * module.groups if isinstance(module, TRANSPOSED) else len(module.weight)
+
+
+def _alive(module: Any, there: Tensor) -> Tensor:
+    """Which channels of the output have a weight."""
+    if not isinstance(module, TRANSPOSED):
+        return there.flatten(1).any(1)
+    return there.unflatten(0, (module.groups, -1)).transpose(1, 2).flatten(2).any(2).flatten()  # [in, out / groups, ..]
 
 
 def _packed(tensor: Tensor) -> int:
