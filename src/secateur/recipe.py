@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, get_args
 
 import yaml
 from pydantic import (
@@ -301,9 +301,19 @@ def _explain(kind: type[BaseModel], error: Any) -> str:
 
 
 def _fields(kind: type[BaseModel], path: tuple[Any, ...]) -> list[str]:
-    parts = {"threshold": Threshold, "calibration": Calibration, "overrides": Override, "training": Training}
-    owner = next((parts[step] for step in reversed(path) if step in parts), kind)
-    return list(owner.model_fields)
+    """The keys that a place in a model has."""
+    for step in path:
+        if field := kind.model_fields.get(step):
+            kind = next((part for part in _models(field.annotation)), kind)
+    return list(kind.model_fields)
+
+
+def _models(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The models within an annotation: of tuples, and of what may be None."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _models(part)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

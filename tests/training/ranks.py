@@ -14,7 +14,7 @@ from secateur.training import Pruner
 
 
 def main(how: str, out: Path) -> None:
-    """how: one, ddp or fsdp."""
+    """how: one, ddp, fsdp, or apart: two ranks that nothing keeps together."""
     torch.manual_seed(0)
     model: nn.Module = nn.Sequential(
         nn.Linear(20, 20), nn.ReLU(), nn.Linear(20, 20), nn.ReLU(), nn.Linear(20, 4)
@@ -26,6 +26,9 @@ def main(how: str, out: Path) -> None:
         dist.init_process_group("gloo")
         rank = dist.get_rank()
         x, y = x[32 * rank : 32 * rank + 32], y[32 * rank : 32 * rank + 32]
+    if how == "apart":
+        torch.manual_seed(rank)
+        model[0].reset_parameters()  # type: ignore[index, operator]
     if how == "ddp":
         model = nn.parallel.DistributedDataParallel(model)
     if how == "fsdp":

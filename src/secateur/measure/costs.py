@@ -42,7 +42,7 @@ def costs(model: nn.Module, example: Any) -> Costs:
     """example: inputs of the model; the first dimension is the sample, of which there may be several."""
     places: dict[str, int] = {}
 
-    def note(name: str, module: Any, given: Tensor, out: Tensor) -> None:
+    def note(name: str, module: Any, given: Tensor, out: Any) -> None:
         where = (
             given.numel() // len(module.weight) if isinstance(module, TRANSPOSED) else out.numel() // _outputs(module)
         )

@@ -16,6 +16,7 @@ import yaml
 from torch import Tensor, nn
 
 from secateur.card import environment
+from secateur.data.images import Epochs
 from secateur.errors import SecateurError
 from secateur.machine import check_device
 from secateur.measure.classify import Answers, answers, lost
@@ -126,6 +127,7 @@ def examine(wanted: Strategy, device: str) -> Case:
         parameter.requires_grad_(parameter.is_floating_point())
     plan = make_plan(model, wanted.recipe)
     sets = read_sets(wanted.data)
+    Epochs(sets.train, wanted.finetune.batch, augment=wanted.finetune.augment)  # its mistakes show now
     for images in (sets.test, sets.train):
         x, _ = images.batch(range(min(2, len(images))), device)
         try:

@@ -165,8 +165,7 @@ class Pruner:
         return any(id(p) in ours for group in optimizer.param_groups for p in group["params"])
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        skipped = getattr(optimizer, "found_inf", None)
-        if skipped is not None and bool(skipped):
+        if _skipped(optimizer):
             return
         started = time.perf_counter()
         self.step += 1
@@ -279,6 +278,12 @@ class Pruner:
             layer, _, what = key.rpartition("/")
             self._memory[layer][what] = value.clone()
         self._hold()
+
+
+def _skipped(optimizer: Optimizer) -> bool:
+    """Whether a scaler found an infinity: a fused optimizer is called all the same, and does nothing."""
+    found = getattr(optimizer, "found_inf", None)
+    return found is not None and bool(found)
 
 
 def _inner(model: nn.Module) -> nn.Module:

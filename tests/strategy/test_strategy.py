@@ -1,0 +1,334 @@
+"""A strategy from the command line to the pruned file: what is measured is what is said, and a killed run goes on."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_model
+from torch import nn
+
+from secateur.data.images import Epochs, load_images
+from secateur.errors import SecateurError
+from secateur.measure.classify import Loss, answers
+from secateur.plan import make_plan
+from secateur.recipe import method
+from secateur.recover import Settings, finetune_
+from secateur.strategy import make_strategy, rounds, run_rounds
+from secateur.strategy.propose import ALLOCATIONS, Allocated, best_allocation, examine
+from secateur.strategy.scan import Probe, measured_sparsities, probe
+
+pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+
+SOURCE = """
+from torch import nn
+
+def conv():
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 16, 3, padding=1, stride=2, bias=False),
+        nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(256, 4),
+    )
+"""
+
+
+def stripes(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Noise with a bright row or column: four classes that a small net tells apart."""
+    rng = np.random.default_rng(seed)
+    images = rng.integers(0, 120, (count, 8, 8), dtype=np.uint8)
+    labels = rng.integers(0, 4, count)
+    for image, label in zip(images, labels, strict=True):
+        place = 1 + 4 * (label % 2) + rng.integers(0, 2)
+        if label < 2:
+            image[place] += 100
+        else:
+            image[:, place] += 100
+    return images, labels
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """A package, weights that were trained, and images."""
+    root = tmp_path_factory.mktemp("home")
+    (root / "pack").mkdir()
+    (root / "pack/__init__.py").write_text("")
+    (root / "pack/nets.py").write_text(SOURCE)
+    for name, count, seed in (("train", 600, 0), ("val", 400, 1)):
+        images, labels = stripes(count, seed)
+        np.savez(root / f"{name}.npz", images=images, labels=labels)
+    space: dict = {}
+    exec(SOURCE, space)
+    torch.manual_seed(0)
+    model = space["conv"]()
+    train = load_images(root / "train.npz", mean=[0.5], std=[0.5])
+    finetune_(model, Epochs(train, 50), Settings(epochs=8, lr=0.05))
+    assert answers(model, load_images(root / "val.npz", mean=[0.5], std=[0.5]).batches(100)).top1.value > 0.95
+    save_model(model, str(root / "w.safetensors"))
+    return root
+
+
+def values(home: Path, **more) -> dict:
+    found = {
+        "build": "pack.nets:conv",
+        "weights": str(home / "w.safetensors"),
+        "data": {"source": str(home / "val.npz"), "train": str(home / "train.npz"), "mean": [0.5], "std": [0.5]},
+        "sparsity": 0.9,
+        "rounds": {"keep": 0.5},
+        "finetune": {"epochs": 2, "lr": 0.02, "batch": 50},
+        "stop": {"drop": 0.05},
+    }
+    return found | more
+
+
+def quiet(*_) -> None: ...
+
+
+def secateur(home: Path, *words: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "secateur.cli", *words], cwd=home, capture_output=True, text=True)
+
+
+SCAN = ("--build", "pack.nets:conv", "--weights", "w.safetensors", "--mean", "0.5", "--std", "0.5")
+
+
+def test_what_a_strategy_writes_runs_as_it_is(home):
+    """The whole way, through the command line."""
+    done = secateur(
+        home, "strategy", *SCAN, "--data", "val.npz", "--train", "train.npz", "--images", "100", "--epochs", "2",
+        "--target", "0.9", "--keep", "0.5", "--tolerance", "5%", "--out", "look", "--json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert len(found["scan"]) == 2 * 12  # the first and the last layer are protected
+    assert {a["allocation"] for a in found["allocations"]} == set(ALLOCATIONS)
+    page = (home / "look/README.md").read_text()
+    assert "sigma" in page
+    assert all((home / "look" / name).stat().st_size > 5000 for name in ("thresholds.png", "allocations.png"))
+    assert yaml.safe_load((home / "look/recipe.yaml").read_text())["stop"]["drop"] == 0.05
+    done = secateur(home, "run", "look/recipe.yaml", "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["sparsity"] == pytest.approx(0.9, abs=0.01)
+    sparsities = [trial["sparsity"] for trial in result["trials"]]
+    assert sparsities == pytest.approx([0, 0.5, 0.75, 0.875, 0.9], abs=0.01)
+    # the file is what was measured
+    space: dict = {}
+    exec(SOURCE, space)
+    model = space["conv"]()
+    model.load_state_dict(load_file(home / "look-pruned/model.safetensors"))
+    kept = next(t for t in result["trials"] if t["number"] == result["best"])
+    top1 = answers(model, load_images(home / "val.npz", mean=[0.5], std=[0.5]).batches(64)).top1.value
+    assert top1 == pytest.approx(kept["measures"]["top1"])
+    pruned = [model[i].weight for i in (2, 5)]
+    zeros = sum(int((w == 0).sum()) for w in pruned) / sum(w.numel() for w in pruned)
+    assert zeros == pytest.approx(result["sparsity"], abs=1e-6)
+    assert kept["costs"]["nnz"] == sum(int((p != 0).sum()) for p in model.parameters())
+    assert sorted(p.name for p in (home / "look-pruned").iterdir()) == [
+        "README.md", "classes.png", "logs", "model.safetensors", "rounds.png", "secateur.json",
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def here(home, monkeypatch) -> Path:
+    monkeypatch.chdir(home)
+    return home
+
+
+def test_a_probe_says_what_pruning_that_layer_alone_does(here):
+    case = examine(make_strategy(values(here)), "cpu")
+    batches = case.batches(200)
+    dense = answers(case.model, batches)
+    before = {n: p.clone() for n, p in case.model.named_parameters()}
+    setting = make_plan(case.model, method("magnitude", sparsity=0.5)).settings[1]
+    found = probe(case.model, setting, "sigma", 1.0, batches, dense)
+    assert all(torch.equal(p, before[n]) for n, p in case.model.named_parameters())
+    weight = case.model[5].weight
+    with torch.no_grad():
+        gone = weight.abs() < weight.std()
+        weight.mul_(~gone)
+    assert found.sparsity == pytest.approx(float(gone.float().mean()))
+    changed = answers(case.model, batches)
+    assert found.flips == pytest.approx(float((changed.logits.argmax(1) != dense.logits.argmax(1)).float().mean()))
+    assert found.drop == pytest.approx(dense.top1.value - changed.top1.value)
+
+
+def test_measured_sparsities_meet_the_target_and_spare_what_feels_it():
+    grid = [0.5, 0.8, 0.9, 0.95]
+    probes = [Probe("a", "sparsity", s, s, 0, 0, 0.001 * 10 ** (3 * s)) for s in grid]
+    probes += [Probe("b", "sparsity", s, s, 0, 0, 0.1 * 10 ** (3 * s)) for s in grid]
+    sizes = {"a": 1000, "b": 3000}
+    for target in (0.5, 0.8, 0.9):
+        found = measured_sparsities(probes, sizes, target)
+        assert (1000 * found["a"] + 3000 * found["b"]) / 4000 == pytest.approx(target, abs=1e-3)
+        assert found["a"] > found["b"]
+
+
+def test_the_allocation_that_hurts_least_is_chosen():
+    rows = [
+        Allocated(name, s, 0.0, kl + s)
+        for s in (0.5, 0.8)
+        for name, kl in zip(ALLOCATIONS, (3, 2, 0.1, 1, 4), strict=True)
+    ]
+    assert best_allocation(rows) == ALLOCATIONS[2]
+
+
+def loss(drop=0.0, noise=0.0, sure=-1.0) -> Loss:
+    return Loss(drop, noise, 0.0, 0.0, 2, sure, ())
+
+
+def test_stop_rules(home):
+    wanted = make_strategy(values(home, stop={"drop": 0.01, "worst_class": 3}))
+    assert rounds._verdict(wanted, loss(0.02, 0.015)) == "holds"  # within the noise and the tolerance
+    assert "top-1 drops by 3.00 points" in rounds._verdict(wanted, loss(0.03, 0.015))
+    assert rounds._verdict(wanted, loss(0.0, 0.0, 0.029)) == "holds"
+    assert "class 2 surely loses 3.1 points" in rounds._verdict(wanted, loss(0.0, 0.0, 0.031))
+    assert rounds._verdict(wanted, loss(0.02, 0.02, 0.059)) == "holds"  # three times the mean
+
+
+def test_what_does_not_hold_is_halved_and_the_best_is_kept(here, monkeypatch):
+    """Rounds above 70 % are made to fail: bisection ends between what held and what did not."""
+    real = rounds.lost
+    now: list[float] = []
+    monkeypatch.setattr(
+        rounds, "costs", lambda model, x, real=rounds.costs: now.append(_zeros(model)) or real(model, x)
+    )
+
+    def verdict(wanted, found):
+        return "holds" if now[-1] < 0.7 else "made to fail"
+
+    def _zeros(model: nn.Module) -> float:
+        weights = [model[i].weight for i in (2, 5)]
+        return sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights)
+
+    monkeypatch.setattr(rounds, "_verdict", verdict)
+    assert real is rounds.lost
+    outcome = run_rounds(make_strategy(values(here, sparsity=0.95)), here / "bisected", progress=quiet)
+    sparsities = [t.sparsity for t in outcome.trials]
+    middle = 1 - 0.5 * 0.5**0.5
+    later = 1 - 0.5 ** (1.5 + 0.25) if middle < 0.7 else 1 - 0.5**1.25
+    assert sparsities == pytest.approx([0, 0.5, 0.75, middle, later], abs=0.01)
+    held = [t for t in outcome.trials if t.holds and t.progress > 0]
+    assert outcome.best == max(held, key=lambda t: t.sparsity).number
+    assert "did not hold: made to fail" in outcome.ended
+    kept = load_file(here / "bisected/model.safetensors")
+    zeros = sum(int((kept[f"{i}.weight"] == 0).sum()) for i in (2, 5)) / sum(
+        kept[f"{i}.weight"].numel() for i in (2, 5)
+    )
+    assert zeros == pytest.approx(outcome.kept.sparsity, abs=1e-6)
+
+
+def test_nothing_held_gives_the_model_back_and_says_so(here, monkeypatch):
+    monkeypatch.setattr(rounds, "_verdict", lambda *_: "made to fail")
+    outcome = run_rounds(make_strategy(values(here, rounds={"bisect": 1})), here / "nothing", progress=quiet)
+    assert outcome.best == 0
+    given, kept = load_file(here / "w.safetensors"), load_file(here / "nothing/model.safetensors")
+    assert all(torch.equal(given[name], kept[name]) for name in given)
+    assert "Nothing held" in (here / "nothing/README.md").read_text()
+
+
+@pytest.mark.parametrize("rewind", ["learning-rate", "weights"])
+def test_a_run_that_was_killed_goes_on_to_the_same_file(here, rewind):
+    """Stopped in the training of every round in turn, and resumed: the file is that of a run that was never stopped."""
+    wanted = make_strategy(values(here, rounds={"keep": 0.4, "rewind": rewind}, finetune={"epochs": 2, "batch": 50}))
+    whole = run_rounds(wanted, here / f"whole-{rewind}", progress=quiet)
+
+    class Killed(BaseException):
+        pass
+
+    count = 0
+    while True:
+        steps = 0
+
+        def kill(stage, done, of, detail):
+            nonlocal steps
+            steps += stage == "train"
+            if steps > 3:
+                raise Killed
+
+        count += 1
+        try:
+            again = run_rounds(wanted, here / f"killed-{rewind}", resume=True, progress=kill)
+            break
+        except Killed:
+            assert not (here / f"killed-{rewind}").exists()
+        assert count < 30
+    assert count > 3
+    assert [t.measures for t in again.trials] == [t.measures for t in whole.trials]
+    one, other = ((here / f"{name}-{rewind}/model.safetensors").read_bytes() for name in ("whole", "killed"))
+    assert one == other
+
+
+def test_rounds_end_where_a_goal_is_met(here):
+    wanted = make_strategy(values(here, stop={"drop": 0.2, "packed": 9000}, rounds={"keep": 0.7}))
+    outcome = run_rounds(wanted, here / "goal", progress=quiet)
+    assert outcome.kept.costs["packed"] <= 9000 < outcome.trials[-2].costs["packed"]
+    assert "within 9,000" in outcome.ended
+
+
+def test_an_unfinished_run_is_neither_overwritten_nor_mixed_up(here):
+    wanted = make_strategy(values(here))
+
+    def kill(stage, done, of, detail):
+        if stage == "train":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_rounds(wanted, here / "left", progress=kill)
+    with pytest.raises(SecateurError, match="go on with --resume, or delete it"):
+        run_rounds(wanted, here / "left", progress=quiet)
+    with pytest.raises(KeyboardInterrupt):
+        run_rounds(wanted, here / "left", progress=kill, resume=True)
+
+
+BAD = {
+    "the model has 4 classes": {"data": "labels"},
+    "did you mean 'drop'": {"stop": {"dropp": 0.1}},
+    "did you mean 'epochs'": {"finetune": {"epoch": 3}},
+    "by weights alone": {"criterion": "wanda"},
+    "does not take images": {"data": "size"},
+    "unknown augmentation": {"finetune": {"augment": ["turn"]}},
+    "masks stay as they are within a round": {"training": {"method": "rigl"}},
+    "rounds.keep is 1.5": {"rounds": {"keep": 1.5}},
+    "it ends at 0.2, before it starts at 0.5": {"training": {"start": 0.5, "end": 0.2}},
+}
+
+
+@pytest.mark.parametrize("says", BAD)
+def test_mistakes_are_said_before_any_work(here, says):
+    changes = dict(BAD[says])
+    given = values(here)
+    if changes.get("data") == "labels":
+        images, labels = stripes(40, 0)
+        np.savez(here / "bad.npz", images=images, labels=labels + 3)
+        changes["data"] = given["data"] | dict.fromkeys(("source", "train"), str(here / "bad.npz"))
+    if changes.get("data") == "size":
+        np.savez(here / "odd.npz", images=np.zeros((8, 13, 13), np.uint8), labels=np.arange(8) % 4)
+        changes["data"] = given["data"] | {"source": str(here / "odd.npz"), "train": str(here / "odd.npz")}
+    with pytest.raises(SecateurError, match=says):
+        run_rounds(make_strategy(given | changes), here / "bad", progress=quiet)
+    assert not (here / "bad").exists()
+    assert not (here / "bad.partial").exists()
+
+
+def test_the_command_line_says_mistakes_in_one_line(home):
+    for words, says in (
+        (("strategy", *SCAN, "--data", "nowhere"), "nowhere does not exist"),
+        (("strategy", *SCAN, "--data", "val.npz", "--tolerance", "much"), "--tolerance much: expected a share"),
+        (("strategy", *SCAN[:4], "--data", "val.npz", "--mean", "a,b"), "expected numbers with commas"),
+        (("strategy", *SCAN, "--data", "val.npz", "--target", "1.5"), "sparsity is 1.5"),
+    ):
+        done = secateur(home, *words)
+        assert done.returncode == 2
+        assert says in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_a_dry_run_says_how_long_and_writes_nothing(home):
+    done = secateur(home, "strategy", *SCAN, "--data", "val.npz", "--out", "dry", "--dry-run", "--json")
+    assert json.loads(done.stdout)["expected"]["cells"] == 24
+    assert not (home / "dry").exists()
+    assert not (home / "dry.partial").exists()
