@@ -92,6 +92,27 @@ def plan(
             "and 1 step or more"
         )
     _check_scores(couplings, scores or {})
+    removed: dict[int, Ints] = {}
+    costs = Costs(couplings)
+    asked = asked_of(couplings, remove, include, protect)
+    names = {coupling.name for coupling in asked}
+    for step in range(1, steps + 1):
+        found = scores or _scores(couplings, asked, removed, criterion, batches, loss, reduce, seed)
+        found = {name: values for name, values in _gone_first(couplings, found, removed).items() if name in names}
+        able = candidates(couplings, found, multiple, 0.0 if target is None else least)
+        if remove is not None:
+            removed = by_ratio(able, {key: _part(value, step, steps) for key, value in remove.items()})
+        else:
+            removed = by_budget(couplings, costs, able, part_of(costs, target or {}, step / steps), allocation)
+    if not removed:
+        raise SecateurError("nothing would go: the request is smaller than a single step of every coupling")
+    return _proven(couplings, removed, costs, names)
+
+
+def asked_of(
+    couplings: Couplings, remove: Mapping[str, float] | None, include: Sequence[str] = (), protect: Sequence[str] = ()
+) -> Couplings:
+    """Those that a request takes from. Raises SecateurError for a pattern that means nothing."""
     check_patterns(couplings, [*(remove or {}), *include])
     check_patterns(couplings, protect, touches)
 
@@ -104,25 +125,14 @@ def plan(
             return any(matches(coupling, pattern) for pattern in include)
         return coupling.exact and coupling.kind not in NOT_BY_DEFAULT
 
-    removed: dict[int, Ints] = {}
-    costs = Costs(couplings)
-    asked = replace(couplings, found=[coupling for coupling in couplings if chosen(coupling)])
-    names = {coupling.name for coupling in asked}
-    for step in range(1, steps + 1):
-        found = scores or _scores(couplings, asked, removed, criterion, batches, loss, reduce, seed)
-        found = {name: values for name, values in _gone_first(couplings, found, removed).items() if name in names}
-        able = candidates(couplings, found, multiple, 0.0 if target is None else least)
-        if remove is not None:
-            removed = by_ratio(able, {key: _part(value, step, steps) for key, value in remove.items()})
-        else:
-            assert target is not None
-            whole = costs.of({})
-            shares = {key: value if value <= 1 else min(value / whole[key], 1.0) for key, value in target.items()}
-            part = {key: 1 - (1 - value) * step / steps for key, value in shares.items()}
-            removed = by_budget(couplings, costs, able, part, allocation)
-    if not removed:
-        raise SecateurError("nothing would go: the request is smaller than a single step of every coupling")
-    return _proven(couplings, removed, costs, names)
+    return replace(couplings, found=[coupling for coupling in couplings if chosen(coupling)])
+
+
+def part_of(costs: Costs, target: Mapping[str, float], share: float) -> dict[str, float]:
+    """What may remain when a share of the way to a target is gone."""
+    whole = costs.of({})
+    shares = {key: value if value <= 1 else min(value / whole[key], 1.0) for key, value in target.items()}
+    return {key: 1 - (1 - value) * share for key, value in shares.items()}
 
 
 def _by_number(couplings: Couplings, units: Mapping[str, Sequence[int]]) -> dict[int, Ints]:

@@ -6,7 +6,7 @@ import json
 import os
 import time
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from secateur.errors import SecateurError
-from secateur.plan import make_plan
+from secateur.plan import Setting, make_plan
 from secateur.recipe import Recipe, Training, nearest
 from secateur.training.calibrated import chooser
 from secateur.training.masks import Masks, named, placed, whole
-from secateur.training.methods import METHODS
+from secateur.training.methods import METHODS, Method, gradual
 from secateur.training.moment import Keeps, Live, Moment, by_parameter, live
 from secateur.training.schedules import SCHEDULES
+from secateur.training.structures import Structures
 from secateur.weights.gradients import Loss
 
 REFRESHES = 50  # times that masks are chosen, unless `every` says otherwise
@@ -57,10 +58,10 @@ class TrainingReport:
 class Pruner:
     """Masks that follow a schedule and hold.
 
-    model: as it is trained, wrapped or not. recipe: what to prune and how far. optimizer: any of torch's kind; accelerate's
-    is looked into. total_steps: of the optimizer. method: see METHODS. schedule: see SCHEDULES; by default the method's.
-    start, end: shares of the steps between which masks change; every: steps from one choice to the next. What is not given
-    here is what the recipe says under `training`, or else gradual, from 0 to 0.75.
+    model: as it is trained, wrapped or not. recipe: what to prune and how far, or `Structures` for whole units. optimizer:
+    any of torch's kind; accelerate's is looked into. total_steps: of the optimizer. method: see METHODS. schedule: see
+    SCHEDULES; by default the method's. start, end: shares of the steps between which masks change; every: steps from one
+    choice to the next. What is not given here is what the recipe says under `training`, or else gradual, from 0 to 0.75.
     masks: to begin with, such as those of a pruned checkpoint (`Masks.of_zeros`). data, loss: calibration batches, and
     loss(model, batch), for criteria that read what no training step has (wanda, ria, obs, obd), and for taylor and fisher
     instead of the gradient of the last step. resume: a file that `save` wrote, for a model whose weights were loaded
@@ -72,7 +73,7 @@ class Pruner:
     def __init__(
         self,
         model: nn.Module,
-        recipe: Recipe,
+        recipe: Recipe | Structures,
         optimizer: Any,
         total_steps: int,
         *,
@@ -86,7 +87,8 @@ class Pruner:
         loss: Loss | None = None,
         resume: str | Path | None = None,
     ) -> None:
-        said = recipe.training or Training.model_validate({})
+        structures = recipe if isinstance(recipe, Structures) else None
+        said = (None if isinstance(recipe, Structures) else recipe.training) or Training.model_validate({})
         method, schedule, every = method or said.method, schedule or said.schedule, every or said.every
         start, end = said.start if start is None else start, said.end if end is None else end
         if method not in METHODS:
@@ -102,16 +104,22 @@ class Pruner:
         _check_steps(total_steps, start, end, every)
         self.model, self.recipe, self.total_steps = model, recipe, total_steps
         self._schedule = SCHEDULES[schedule]
-        self._plan = make_plan(_inner(model), recipe)
-        _check_recipe(recipe, self._plan.needs, data)
-        calibrated = self._plan.needs or recipe.allocation == "owl"
-        self._calibrated = chooser(_inner(model), self._plan, data, loss) if calibrated and data is not None else None
+        self._structures = structures
+        self._plan = None if isinstance(recipe, Structures) else make_plan(_inner(model), recipe)
+        needs = frozenset() if self._plan is None else self._plan.needs
+        self._calibrated = None
+        if self._plan is None:
+            _check_structures(method, self._method)
+        else:
+            _check_recipe(self._plan.recipe, needs, data)
+            if data is not None and (needs or self._plan.recipe.allocation == "owl"):
+                self._calibrated = chooser(_inner(model), self._plan, data, loss)
         self._first, self._last = round(start * total_steps), max(round(end * total_steps), round(start * total_steps))
-        if self._plan.needs & {"gradient", "fisher"} and self._calibrated is None:
+        if needs & {"gradient", "fisher"} and self._calibrated is None:
             self._first, self._last = max(self._first, 1), max(self._last, 1)  # there is no gradient before
         self._every = every or max(1, (self._last - self._first) // REFRESHES)
         self.masks = masks or Masks({})
-        self._memory: dict[str, dict[str, Tensor]] = {s.layer.name: {} for s in self._plan.settings}
+        self._memory: dict[str, dict[str, Tensor]] = {s.layer.name: {} for s in self._settings}
         self.step = 0
         self._chosen = 0
         self._refreshes: list[Refresh] = []
@@ -159,8 +167,14 @@ class Pruner:
     def _is_new(self, optimizer: Optimizer) -> bool:
         return all(known() is not optimizer for known in self._optimizers)
 
+    @property
+    def _settings(self) -> Sequence[Setting]:
+        return () if self._plan is None else self._plan.settings
+
     def _has_ours(self, optimizer: Optimizer) -> bool:
-        wanted = {s.layer.parameter for s in self._plan.settings}
+        wanted = {s.layer.parameter for s in self._settings}
+        if self._structures is not None:
+            wanted = self._structures.parameters
         ours = {id(parameter) for name, parameter in named(self.model) if name in wanted}
         return any(id(p) in ours for group in optimizer.param_groups for p in group["params"])
 
@@ -193,6 +207,24 @@ class Pruner:
     def _choose(self, optimizer: Optimizer | None) -> None:
         length = max(self._last - self._first, 1)
         progress = 1.0 if self._last == self._first else (self.step - self._first) / length
+        if self._structures is not None:
+            keep = self._structures.masks(self._schedule, progress)
+            grown = {name: mask & ~self.masks.keep.get(name, torch.ones_like(mask)) for name, mask in keep.items()}
+            gone = {name: ~mask & self.masks.keep.get(name, torch.ones_like(mask)) for name, mask in keep.items()}
+            changed = sum(int(mask.sum()) for mask in (*grown.values(), *gone.values()))
+        else:
+            keep, grown, changed = self._by_method(progress)
+        with torch.no_grad():
+            self.masks = Masks(self.masks.keep | keep)
+            if optimizer is not None:
+                _fresh(self.model, optimizer, grown)
+        _check_ranks(self.masks)
+        self._chosen += 1
+        self._refreshes.append(Refresh(self.step, self.masks.sparsity, changed))
+
+    def _by_method(self, progress: float) -> tuple[dict[str, Tensor], dict[str, Tensor], int]:
+        """By parameter: what stays, and what comes; and how many weights came or went."""
+        assert self._plan is not None
         layers = self._live()
         moment = Moment(self._plan, layers, self._schedule, progress, self._chosen, self._calibrated)
         with torch.no_grad():
@@ -200,12 +232,7 @@ class Pruner:
             changed = sum(int((keeps[layer.name] != layer.keep).sum()) for layer in layers)
             grown = {layer.name: keeps[layer.name] & ~layer.keep for layer in layers}
             self._restore(layers, grown)
-            self.masks = Masks(self.masks.keep | by_parameter(self.model, layers, keeps))
-            if optimizer is not None:
-                _fresh(self.model, optimizer, by_parameter(self.model, layers, grown))
-        _check_ranks(self.masks)
-        self._chosen += 1
-        self._refreshes.append(Refresh(self.step, self.masks.sparsity, changed))
+            return by_parameter(self.model, layers, keeps), by_parameter(self.model, layers, grown), changed
 
     def _restore(self, layers: list[Live], grown: Keeps) -> None:
         """What comes back has the value that the method remembers of it."""
@@ -219,18 +246,19 @@ class Pruner:
                 parameter.copy_(placed(full, parameter))
 
     def _live(self) -> list[Live]:
-        return live(self.model, self._plan, self.masks, self._memory)
+        return [] if self._plan is None else live(self.model, self._plan, self.masks, self._memory)
 
     # What was reached, and going on with it
 
     def report(self) -> TrainingReport:
         """Where training stands."""
-        layers = self._live()
+        keeps = {x.name: x.keep for x in self._live()} if self._structures is None else self.masks.keep
+        total = sum(keep.numel() for keep in keeps.values())
         return TrainingReport(
             self.step,
             self.total_steps,
-            1 - sum(int(x.keep.sum()) for x in layers) / sum(x.keep.numel() for x in layers),
-            {x.name: 1 - float(x.keep.float().mean()) for x in layers},
+            1 - sum(int(keep.sum()) for keep in keeps.values()) / total if total else 0.0,
+            {name: 1 - float(keep.float().mean()) for name, keep in keeps.items()},
             sum(self.masks.violations(model) for model in (self.model, *self._others)),
             tuple(self._refreshes),
             dict(self._seconds),
@@ -246,6 +274,7 @@ class Pruner:
             "masks": self.masks.state_dict(),
             "memory": memory,
             "refreshes": refreshes,
+            **({} if self._structures is None else {"units": self._structures.units}),
         }
 
     def save(self, path: str | Path) -> None:
@@ -273,6 +302,8 @@ class Pruner:
         self.masks = Masks.from_state_dict(state["masks"], self.model)
         self.step, self._chosen = int(state["step"]), int(state["chosen"])
         self._refreshes = [Refresh(*values) for values in state["refreshes"]]
+        if self._structures is not None:
+            self._structures.units = state["units"]
         self._memory = {name: {} for name in self._memory}
         for key, value in state["memory"].items():
             layer, _, what = key.rpartition("/")
@@ -299,6 +330,11 @@ def _check_steps(total_steps: int, start: float, end: float, every: int | None) 
         raise SecateurError(f"start {start} and end {end}: expected shares of the steps, 0 <= start <= end <= 1")
     if every is not None and every < 1:
         raise SecateurError(f"every is {every}; expected 1 step or more")
+
+
+def _check_structures(name: str, method: Method) -> None:
+    if method.choose is not gradual:
+        raise SecateurError(f"whole units go gradually or in turns (ac-dc); the method {name} is for single weights")
 
 
 def _check_recipe(recipe: Recipe, needs: frozenset[str], data: Any) -> None:
