@@ -76,18 +76,18 @@ class Structures:
         model, request = self._couplings.model, self._request
         if any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
             raise SecateurError("units are chosen from whole parameters: use DistributedDataParallel, not fully_shard")
-        names = ("criterion", "batches", "loss", "seed")
-        scores = importance(self._asked, request["criterion"], **{name: request[name] for name in names[1:]})
+        how = {name: request[name] for name in ("batches", "loss", "seed")}
+        scores = importance(self._asked, request["criterion"], **how)
         share = schedule(progress, 1.0 - TINY) if progress < 1 else 1.0
         numbers = {coupling.name: number for number, coupling in enumerate(self._couplings)}
         able = candidates(
             self._couplings, scores, request["multiple"], 0.0 if request["target"] is None else request["least"]
         )
         if request["remove"] is not None:
-            parts = {key: value * share for key, value in request["remove"].items()}
-            removed = by_ratio(able, {key: value for key, value in parts.items() if value > 0})
+            parts = {key: _part(value, share) for key, value in request["remove"].items()}
+            removed = by_ratio(able, parts)
         else:
-            part = part_of(self._costs, request["target"], share)
+            part = part_of(self._costs, request["target"] or {}, share)
             removed = by_budget(self._couplings, self._costs, able, part, request["allocation"])
         self.units = {name: sorted(map(int, removed[n])) for name, n in numbers.items() if n in removed}
         dead = dead_of(self._couplings.facts, [(self._couplings[n], units) for n, units in removed.items()])
@@ -108,6 +108,12 @@ class Structures:
 
 
 TINY = 1e-9  # `iterative` never reaches all of it
+
+
+def _part(value: float, share: float) -> float:
+    """Of a share, or of a number of units, of which at least one counts as a number."""
+    part = value * share
+    return part if value < 1 or part >= 1 else 0.0
 
 
 def _mask(parameter: Tensor, kept: Mapping[int, Any]) -> Tensor:
