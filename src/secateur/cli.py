@@ -359,7 +359,8 @@ def strategy(
     tolerance: Annotated[str, typer.Option(help="Of top-1, that may be lost: 0.5% or 0.005.")] = "0.5%",
     target: Annotated[float, typer.Option(help="The sparsity at which rounds would end at the latest.")] = 0.95,
     epochs: Annotated[int, typer.Option(help="Of training after each cut.")] = 3,
-    lr: Annotated[float, typer.Option(help="The learning rate that each training begins with.")] = 0.02,
+    lr: Annotated[float, typer.Option(help="The learning rate that each training begins with.")] = 0.01,
+    distil: Annotated[float, typer.Option(help="Weight of the dense model's answers in the loss, 0 to 1.")] = 0.5,
     batch: Annotated[int, typer.Option(help="Images of a training step.")] = 128,
     augment: Annotated[str, typer.Option(help="Of training images: flip, crop, or flip,crop.")] = "",
     precision: Annotated[str, typer.Option(help="Of training: float32, or bfloat16.")] = "float32",
@@ -405,7 +406,7 @@ def strategy(
         out=Path(f"{out}-pruned"),
         tolerance=options.share(tolerance, "--tolerance"),
         target=target,
-        finetune=training | {"precision": precision},
+        finetune=training | {"precision": precision, "distil": distil},
         keep=keep,
         protect=protect or [],
     )

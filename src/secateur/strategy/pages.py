@@ -240,6 +240,7 @@ def rounds(found: Outcome, folder: Path, case: Case) -> None:
         _headline(found, best),
         "",
         f"It ended because {found.ended}." if found.ended else "",
+        *_training_costs(found),
         "",
         "![rounds](rounds.png)",
         "",
@@ -315,6 +316,20 @@ def _headline(found: Outcome, best: Trial | None) -> str:
         "dense model "
         f"({_percent(found.dense['top1'])}; {_percent(trained)} with one round's training)."
     )
+
+
+def _training_costs(found: Outcome) -> list[str]:
+    """Where the training alone loses more than the rounds may, they are not to blame."""
+    dense = found.trials[0].measures
+    if dense["drop"] <= found.wanted.stop.drop:
+        return []
+    return [
+        "",
+        f"**Round 0 says that the training itself costs {100 * dense['drop']:.2f} points**, without any pruning: lower its "
+        "learning rate, give it more images, or more of the dense model's answers (finetune: distil), before you "
+        "blame what "
+        "was cut.",
+    ]
 
 
 def _trial_row(trial: Trial, classes: Sequence[str], best: int) -> tuple[str, ...]:
