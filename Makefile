@@ -41,6 +41,10 @@ bench: install
 	$(BIN)/python benchmarks/zoo.py
 	$(BIN)/python benchmarks/latency.py
 	$(BIN)/python benchmarks/structured.py --model $(SMOLLM2)
+	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/strategy.py resnet56
+	$(BIN)/python benchmarks/strategy.py efficientnet
+	$(BIN)/python benchmarks/strategy.py vit
 
 clean:
 	rm -rf $(VENV) build

@@ -257,6 +257,43 @@ def structured_vision() -> str:
     return "\n".join([f"Top-1 of the whole model: {dense:.1%}.", "", *lines])
 
 
+def training_oneshot() -> str:
+    """ResNet-20 on CIFAR-10, nothing trained."""
+    rows = [row for row in _lines("training.jsonl") if row["part"] == "oneshot"]
+    shares = sorted({row["sparsity"] for row in rows} - {0.0})
+    lines = [_row(["method", *(f"{share:.0%}" for share in shares)]), _row(["---"] * (len(shares) + 1))]
+    for name in dict.fromkeys(row["name"] for row in rows if row["sparsity"]):
+        own = {row["sparsity"]: row for row in rows if row["name"] == name}
+        cells = [f"{own[s]['accuracy']:.2f} ({own[s]['reestimated']:.2f})" if s in own else "" for s in shares]
+        lines.append(_row([ONESHOT.get(name, name), *cells]))
+    dense = next((row["accuracy"] for row in rows if row["name"] == "dense"), 0)
+    return "\n".join([f"Dense: {dense:.2f}.", "", *lines])
+
+
+def training_methods() -> str:
+    """ResNet-20 at 90 %, three epochs, three seeds."""
+    rows = [row for row in _lines("training.jsonl") if row["part"] == "methods"]
+    names = dict.fromkeys(row["name"] for row in rows)
+    values = {name: [row["accuracy"] for row in rows if row["name"] == name] for name in names}
+    lines = [_row(["method", "top-1, mean of seeds", "lowest and highest", "masks held"]), _row(["---"] * 4)]
+    for name in sorted(names, key=lambda n: -statistics.mean(values[n])):
+        broken = sum(row["violations"] for row in rows if row["name"] == name)
+        held = "" if name == "dense" else "yes" if not broken else f"{broken} violations"
+        own = values[name]
+        lines.append(
+            _row([METHODS.get(name, name), f"{statistics.mean(own):.2f}", f"{min(own):.2f} to {max(own):.2f}", held])
+        )
+    return "\n".join(lines)
+
+
+ONESHOT = {
+    "admm": "admm",
+    "admm-lamp": "admm, allocation lamp",
+    "stages": "admm in five stages",
+    "stages-lamp": "admm in five stages, lamp",
+    "global-magnitude": "magnitude, allocation global",
+}
+METHODS = {"dense": "dense, trained equally", "static": "static (magnitude)", "random": "static (a random mask)"}
 SHARES = (0.1, 0.2, 0.3)
 NAMES = {"depth": "whole blocks", "sublayers": "attention, MLPs", "width": "hidden width, activation"}
 
@@ -282,6 +319,8 @@ TABLES = {
     "latency": latency,
     "structured-language": structured_language,
     "structured-vision": structured_vision,
+    "training-oneshot": training_oneshot,
+    "training-methods": training_methods,
 }
 
 

@@ -37,7 +37,7 @@ def strategy(found: Proposal, folder: Path, out: Path) -> None:
         "",
         f"The dense model: top-1 {_percent(dense['top1'])} (95 % interval {_percent(dense['top1_low'])} to "
         f"{_percent(dense['top1_high'])}), top-5 {_percent(dense['top5'])} on {dense['images']:,} images; "
-        f"{found.costs.params:,} parameters, {_short(found.costs.bytes)}B, {_short(found.costs.macs)}MACs, "
+        f"{found.costs.params:,} parameters, {_short(found.costs.bytes)}B, {_short(found.costs.macs)} MACs, "
         f"{found.latency['p50_1']:.1f} ms an image (median; 95th percentile {found.latency['p95_1']:.1f}), "
         f"{found.latency['p50_32']:.0f} ms for 32.",
         "",
@@ -448,4 +448,4 @@ def _short(number: float) -> str:
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= size:
             return f"{number / size:.3g} {unit}"
-    return f"{number:.0f} "
+    return f"{number:.0f}"
