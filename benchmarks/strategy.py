@@ -82,10 +82,11 @@ CASES = {
         "--std=0.50196,0.50196,0.50196",
         "--epochs=1",
         "--lr=0.0005",
+        "--distil=0.9",
         "--keep=0.8",
         "--images=64",
     ],
-    "vit": [f"--data={WORK}/vit.npz", "--images=8", "--epochs=1"],
+    "vit": [f"--data={WORK}/vit.npz", "--images=2", "--epochs=1"],
 }
 
 

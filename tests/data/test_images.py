@@ -193,3 +193,9 @@ def test_flips_turn_half_of_the_images_and_crops_move_all_of_them():
     assert places == {(row, column) for row in range(3, 8) for column in range(1, 6)}  # two pixels each way
     with pytest.raises(SecateurError, match="unknown augmentation 'turn'"):
         Epochs(images, 8, augment=("turn",))
+
+
+def test_classes_of_a_single_image_take_turns():
+    images = from_tensors(torch.arange(100.0)[:, None], torch.arange(100), "numbers")
+    one, other = images.split(0.5, seed=0)
+    assert (len(one), len(other)) == (50, 50)

@@ -332,3 +332,33 @@ def test_a_dry_run_says_how_long_and_writes_nothing(home):
     assert json.loads(done.stdout)["expected"]["cells"] == 24
     assert not (home / "dry").exists()
     assert not (home / "dry.partial").exists()
+
+
+def test_a_full_disk_stops_a_round_and_nothing_is_lost(here, monkeypatch):
+    import errno
+
+    wanted = make_strategy(values(here, rounds={"keep": 0.4}))
+    real, calls = rounds.save_file, []
+
+    def full(tensors, path):
+        calls.append(path)
+        if len(calls) == 2:
+            path.write_bytes(b"half a file")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(tensors, path)
+
+    monkeypatch.setattr(rounds, "save_file", full)
+    with pytest.raises(SecateurError, match="the disk is full"):
+        run_rounds(wanted, here / "full", progress=quiet)
+    assert not (here / "full").exists()
+    assert run_rounds(wanted, here / "full", progress=quiet, resume=True).kept.sparsity == pytest.approx(0.9, abs=0.01)
+
+
+def test_rounds_by_a_threshold_rise_to_it(here):
+    given = values(here, threshold={"sigma": 1.6}, stop={"drop": 0.9, "worst_class": 100})
+    del given["sparsity"]
+    outcome = run_rounds(make_strategy(given), here / "sigmas", progress=quiet)
+    assert len(outcome.trials) == 9
+    sparsities = [t.sparsity for t in outcome.trials]
+    assert sparsities == sorted(sparsities)
+    assert sparsities[-1] > 0.6

@@ -75,11 +75,13 @@ class Images:
     def split(self, share: float, seed: int) -> tuple[Images, Images]:
         """Two parts, the second with a share of every class."""
         generator = torch.Generator().manual_seed(seed)
-        second = []
+        second: list[int] = []
+        due = 0.0  # of all classes so far: those of a single image take turns
         for label in self.labels.unique().tolist():
             own = (self.labels == label).nonzero().flatten()
             order = own[torch.randperm(len(own), generator=generator)]
-            second += order[: round(share * len(own))].tolist()
+            due += share * len(own)
+            second += order[: round(due - 1e-9) - len(second)].tolist()
         rest = sorted(set(range(len(self))) - set(second))
         return self.subset(rest, f"{len(rest):,}"), self.subset(sorted(second), f"{len(second):,} others")
 

@@ -27,6 +27,7 @@ from secateur.pipeline import check_out
 from secateur.plan import Plan, make_plan
 from secateur.recipe import Override, Recipe, method
 from secateur.recover import reestimate_
+from secateur.recover.batchnorm import NORMS
 from secateur.recover.finetune import disk
 from secateur.strategy import pages
 from secateur.strategy.request import Sets, Source, Strategy, make_strategy, read_sets
@@ -111,8 +112,15 @@ class Case:
         """Some images to measure on, drawn."""
         return list(self.sets.test.sample(images, 0).batches(size, self.device))
 
+    @property
+    def norm_images(self) -> int:
+        """How many images its batch norms are estimated on."""
+        return 64 * NORM_BATCHES if any(isinstance(module, NORMS) for module in self.model.modules()) else 0
+
     def norm_batches(self, size: int) -> list[Tensor]:
-        """Training images for batch norms, drawn."""
+        """Training images for batch norms, drawn; none where there are no norms."""
+        if not self.norm_images:
+            return []
         return [x for x, _ in self.sets.train.sample(size * NORM_BATCHES, 1).batches(size, self.device)]
 
 
@@ -182,14 +190,14 @@ def expect(case: Case, wanted: Strategy, images: int) -> Expected:
     answers(case.model, batches[:1])
     one = (time.perf_counter() - started) / len(batches[0][1])
     count = len(cells(case.plan))
-    whole = len(TARGETS) * len(ALLOCATIONS) * (images + 64 * NORM_BATCHES) + len(case.sets.test)
+    whole = len(TARGETS) * len(ALLOCATIONS) * (images + case.norm_images) + len(case.sets.test)
     steps = wanted.finetune.epochs * len(case.sets.train)
     weights = sum(p.numel() * p.element_size() for p in case.model.parameters())
     x = batches[0][0]
     activations = 3 * x.numel() * x.element_size() * 64  # a guess: each layer keeps something of its inputs' size
     return Expected(
         one * (count * images + whole),
-        one * (3.5 * steps + len(case.sets.test) + 64 * NORM_BATCHES),
+        one * (3.5 * steps + len(case.sets.test) + case.norm_images),
         len(progresses(wanted.recipe, wanted.rounds.keep)),
         5 * weights + activations,
         count,
