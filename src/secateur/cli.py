@@ -419,7 +419,7 @@ def strategy(
     with output.bars() as bars:
         found = propose(wanted, case, out, images=images, resume=resume, progress=bars)
     output.show(display.strategy(found, out))
-    output.result({"out": str(out)} | found.as_dict(), f"{out}/recipe.yaml: {found.rounds} rounds")
+    output.result({"out": str(out)} | found.as_dict(), f"{out}/recipe.yaml: {len(found.rounds)} rounds")
 
 
 @app.command("eval", rich_help_panel="Looking")
@@ -590,7 +590,7 @@ def _rounds(values: dict[str, Any], where: str, device: str, resume: bool, dry_r
     if wanted.out is None:
         raise SecateurError("say where to write the result: out: DIR in the recipe, a new folder")
     case = examine(wanted, device)
-    expected = expect(case, wanted, 2)
+    expected = expect(case, wanted, 64)
     output.show(display.before_rounds(expected))
     if dry_run:
         output.result({"dry_run": True, "expected": asdict(expected)}, f"about {expected.round:.0f} s a round")

@@ -497,7 +497,7 @@ def strategy(found: Proposal, out: Path) -> RenderableType:
         f"{dense['images']:,} images",
         table,
         *([f"and {more} more layers"] if more > 0 else []),
-        f"{found.rounds} rounds to {found.wanted.sparsity:.0%}. Look at {out}/README.md, then: secateur run "
+        f"{len(found.rounds)} rounds to {found.wanted.sparsity:.0%}. Look at {out}/README.md, then: secateur run "
         f"{out}/recipe.yaml",
     )
 
@@ -520,7 +520,8 @@ def rounds(found: Outcome, out: Path) -> RenderableType:
             f"{trial.costs['nnz']:,}",
             "holds" if trial.holds else "no",
         )
-    where = f"The best (*) is {out}/model.safetensors; look at {out}/README.md."
+    kept = "The best (*) is" if found.kept is not None else "None held: the model as it was given is"
+    where = f"{kept} {out}/model.safetensors; look at {out}/README.md."
     return Group(table, f"It ended because {found.ended}.", where)
 
 

@@ -235,10 +235,11 @@ ABOUT: dict[str, str] = {
 
 def method(name: str, **changes: Any) -> Recipe:
     """A named recipe, with changes: method("sparsegpt", granularity="2:4"). Raises SecateurError."""
-    return validate(Recipe, METHODS[_known_method(name)] | changes)
+    return validate(Recipe, METHODS[known_method(name)] | changes)
 
 
-def _known_method(name: Any) -> str:
+def known_method(name: Any) -> str:
+    """The name of a method, or a SecateurError."""
     if not isinstance(name, str) or name not in METHODS:
         raise SecateurError(f"unknown method {name!r}{nearest(str(name), METHODS)}; known: {', '.join(METHODS)}")
     return name
@@ -267,7 +268,7 @@ def make_run(values: Mapping[str, Any], where: str = "recipe") -> Run:
     name = values.get("method")
     if name is None:
         name = "magnitude" if values.get("threshold") and "criterion" not in values else DEFAULT_METHOD
-    base = METHODS[_known_method(name)] | {key: value for key, value in values.items() if value is not None}
+    base = METHODS[known_method(name)] | {key: value for key, value in values.items() if value is not None}
     base["method"] = name
     amounts = ("sparsity" in base, "threshold" in base, ":" in str(base.get("granularity", "")))
     return validate(Run, base if any(amounts) else base | {"sparsity": DEFAULT_SPARSITY}, where)

@@ -130,6 +130,8 @@ BAD = {
     "cat has no images": empty_class,
     "images differ in size: .*--size 224": two_sizes,
     "does not exist": lambda root: root,
+    "a folder train, which is no class": lambda root: class_folders(root / "train").parent,
+    "has no images": lambda root: saved(root, images=ONE[:0], labels=np.arange(0)),
     "has no class folders": lambda root: root.mkdir() or root,
     "expected integer `labels`": lambda root: saved(root, images=ONE),
     "2 images and 3 labels": lambda root: saved(root, images=ONE, labels=np.arange(3)),
@@ -154,6 +156,18 @@ def test_a_broken_image_among_encoded_ones_is_named(tmp_path):
     path = saved(tmp_path / "d", jpeg=np.zeros(8, np.uint8), offsets=np.array([0, 4, 8]), labels=np.arange(2))
     with pytest.raises(SecateurError, match=r"image 0 of .*d\.npz is no image"):
         load_images(path)
+
+
+def test_a_single_mean_reads_gray_images(tmp_path):
+    found = load_images(class_folders(tmp_path / "d"), mean=[0.0], std=[1.0])
+    x, _ = found.batch([4])
+    assert torch.equal(x, torch.full((1, 1, 8, 8), 101 / 255))
+
+
+def test_floats_and_vectors_go_to_the_model_as_they_are(tmp_path):
+    rows = np.random.default_rng(0).normal(size=(5, 64)).astype(np.float32)
+    found = load_images(saved(tmp_path / "d", x=rows, y=np.arange(5)))
+    assert np.array_equal(found.batch(range(5))[0].numpy(), rows)
 
 
 def test_a_split_takes_a_share_of_every_class_and_leaves_nothing_out():

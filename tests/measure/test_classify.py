@@ -35,7 +35,7 @@ def test_what_was_lost_is_counted_image_by_image():
     assert found.drop == pytest.approx(0.2)
     assert found.flips == pytest.approx(0.5)
     assert found.class_drops == pytest.approx((2 / 3, -1 / 3, 1 / 4))
-    assert found.noise == pytest.approx(1.96 * ((4 - 2**2 / 10) ** 0.5) / 10)
+    assert found.noise == pytest.approx(1.96 * ((5 - 2**2 / 12) ** 0.5) / 12)
 
 
 def test_kl_is_that_of_float64():
@@ -50,7 +50,8 @@ def test_kl_is_that_of_float64():
 def test_the_same_answers_have_lost_nothing():
     one = Answers(torch.randn(40, 5), torch.arange(40) % 5)
     found = lost(one, one)
-    assert (found.drop, found.noise, found.flips, found.kl) == (0, 0, 0, 0)
+    assert (found.drop, found.flips, found.kl) == (0, 0, 0)
+    assert found.noise == pytest.approx(1.96 / 42)  # as much as a single image
 
 
 def test_noise_is_what_resampling_says():
@@ -74,6 +75,15 @@ def test_a_class_that_surely_loses_is_told_from_one_that_may():
     found = lost(Answers(logits, labels), Answers(broken, labels))
     assert found.worst_class == 7
     assert 0.15 < found.worst_sure < 0.25
+
+
+def test_a_class_of_two_images_is_never_sure():
+    labels = torch.arange(200) // 2
+    logits = nn.functional.one_hot(labels, 100).float()
+    broken = logits.clone()
+    broken[14:16] = 0.0
+    broken[14:16, 0] = 1.0
+    assert lost(Answers(logits, labels), Answers(broken, labels)).worst_sure < 0.3
 
 
 def test_five_answers_hold_the_label():

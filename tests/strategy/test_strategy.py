@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file, save_model
+from safetensors.torch import load_file, save_file, save_model
 from torch import nn
 
 from secateur.data.images import Epochs, load_images
@@ -224,7 +224,8 @@ def test_what_does_not_hold_is_halved_and_the_best_is_kept(here, monkeypatch):
 def test_nothing_held_gives_the_model_back_and_says_so(here, monkeypatch):
     monkeypatch.setattr(rounds, "_verdict", lambda *_: "made to fail")
     outcome = run_rounds(make_strategy(values(here, rounds={"bisect": 1})), here / "nothing", progress=quiet)
-    assert outcome.best == 0
+    assert outcome.best == -1
+    assert outcome.kept is None
     given, kept = load_file(here / "w.safetensors"), load_file(here / "nothing/model.safetensors")
     assert all(torch.equal(given[name], kept[name]) for name in given)
     assert "Nothing held" in (here / "nothing/README.md").read_text()
@@ -293,6 +294,8 @@ BAD = {
     "unknown augmentation": {"finetune": {"augment": ["turn"]}},
     "masks stay as they are within a round": {"training": {"method": "rigl"}},
     "rounds.keep is 1.5": {"rounds": {"keep": 1.5}},
+    "an N:M pattern is there at once": {"granularity": "2:4"},
+    "unknown method 'wandda'": {"method": "wandda"},
     "it ends at 0.2, before it starts at 0.5": {"training": {"start": 0.5, "end": 0.2}},
 }
 
@@ -362,3 +365,47 @@ def test_rounds_by_a_threshold_rise_to_it(here):
     sparsities = [t.sparsity for t in outcome.trials]
     assert sparsities == sorted(sparsities)
     assert sparsities[-1] > 0.6
+
+
+def test_a_round_that_diverges_has_failed_and_the_best_is_kept(here, monkeypatch):
+    real, calls = rounds.finetune_, []
+
+    def diverges(model, *args, **more):
+        calls.append(1)
+        if len(calls) > 2:
+            raise rounds.Diverged("the loss is nan in step 1 of epoch 1: ..\n  Lower lr")
+        return real(model, *args, **more)
+
+    monkeypatch.setattr(rounds, "finetune_", diverges)
+    outcome = run_rounds(
+        make_strategy(values(here, rounds={"keep": 0.5, "bisect": 1})), here / "diverged", progress=quiet
+    )
+    assert [t.holds for t in outcome.trials] == [True, True, False, False]
+    assert outcome.best == 1
+    assert "training diverged" in (here / "diverged/README.md").read_text()
+
+
+def test_weights_in_half_precision_are_measured_as_they_are_written(here):
+    state = {name: value.to(torch.bfloat16) for name, value in load_file(here / "w.safetensors").items() if value.ndim}
+    rest = {name: value for name, value in load_file(here / "w.safetensors").items() if not value.ndim}
+    save_file(state | rest, here / "half.safetensors")
+    given = values(here, weights=str(here / "half.safetensors"), rounds={"keep": 0.3}, stop={"drop": 0.5})
+    outcome = run_rounds(make_strategy(given), here / "half", progress=quiet)
+    assert outcome.verified == 0
+    written = load_file(here / "half/model.safetensors")
+    assert written["2.weight"].dtype == torch.bfloat16
+
+
+def test_other_weights_under_the_same_name_are_not_mixed_with_what_was_done(here):
+    given = values(here, weights=str(here / "moving.safetensors"))
+    (here / "moving.safetensors").write_bytes((here / "w.safetensors").read_bytes())
+
+    def kill(stage, done, of, detail):
+        if stage == "train":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_rounds(make_strategy(given), here / "moved", progress=kill)
+    (here / "moving.safetensors").write_bytes((here / "w.safetensors").read_bytes())
+    with pytest.raises(SecateurError, match=r"other settings \(weights\)"):
+        run_rounds(make_strategy(given), here / "moved", progress=quiet, resume=True)

@@ -77,7 +77,7 @@ def test_masks_are_those_of_the_smallest_trained_weights():
 def test_thresholds_rise_round_by_round():
     model = mlp()
     recipe = secateur.method("magnitude", threshold={"sigma": 1.6}, protect=("4",))
-    deviation = float(model[0].weight.std())
+    deviation = float(model[0].weight.detach().std())
     dense = model[0].weight.detach().abs().clone()
     rounds = iterate_(model, recipe, lambda m, k: None, rewind="learning-rate")
     first = next(rounds)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +24,13 @@ IN_MEMORY = 2 * 2**30  # bytes of pixels that are decoded once and kept
 PARTS = {"train": ("train", "training"), "test": ("val", "valid", "validation", "test")}
 
 Read = Callable[[Sequence[int]], Tensor]
+
+
+class How(NamedTuple):
+    """How encoded images are read: cropped to a size, in gray."""
+
+    size: int | None
+    gray: bool
 
 
 @dataclass(frozen=True)
@@ -106,7 +113,8 @@ def load_images(
     A folder of class folders (classes in the order of their names), an .npz with `images` or `x` [n, h, w, 3], [n, h, w] or
     [n, 3, h, w] and `labels` or `y` [n], or with `jpeg` bytes, `offsets` [n + 1] and `labels`; or a data set that the
     library datasets saved, with an image and a label column. size: crops the middle after the shorter side was scaled;
-    needed when images differ in size. mean, std: per channel in 0..1, ImageNet's by default; floats are taken as they are.
+    needed when images differ in size. mean, std: per channel in 0..1, ImageNet's by default, a single number for gray
+    images; floats are taken as they are.
     part: train or test, of a folder or data set that has both.
 
     Raises SecateurError that names the file for whatever is missing, broken, or out of range.
@@ -114,16 +122,20 @@ def load_images(
     path = Path(source)
     if size is not None and size < 1:
         raise SecateurError(f"size is {size}; expected the width of an image in pixels")
+    how = How(size, mean is not None and len(mean) == 1)
     if path.is_dir():
-        found = _saved(path, size, part) if _is_saved(path) else _folder(_part_of(path, part), size)
+        found = _saved(path, how, part) if _is_saved(path) else _folder(_part_of(path, part), how)
     elif path.suffix.lower() == ".npz":
-        found = _npz(path, size)
+        found = _npz(path, how)
     else:
         kind = "is no folder and no .npz file" if path.exists() else "does not exist"
         raise SecateurError(f"{path} {kind}; images come as a folder of class folders, an .npz, or a saved data set")
     if not len(found):
         raise SecateurError(f"{path} has no images")
-    channels = int(found.read([0]).shape[1])
+    first = found.read([0])
+    if first.is_floating_point():
+        return found
+    channels = int(first.shape[1])
     means, stds = tuple(mean or MEAN[:channels]), tuple(std or STD[:channels])
     if min(len(means), len(stds)) < channels:
         raise SecateurError(f"mean {means} and std {stds}: expected {channels} numbers each, one for every channel")
@@ -157,10 +169,16 @@ def _part_of(path: Path, part: str | None) -> Path:
 # A folder of class folders
 
 
-def _folder(path: Path, size: int | None) -> Images:
+def _folder(path: Path, how: How) -> Images:
     folders = sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if not folders:
         raise SecateurError(f"{path} has no class folders: expected {path}/<class>/<image>.jpg")
+    known = [name for names in PARTS.values() for name in names]
+    if part := next((folder.name for folder in folders if folder.name in known), None):
+        raise SecateurError(
+            f"{path} has a folder {part}, which is no class: name one with train and val in it, or the folder of "
+            "the classes"
+        )
     files: list[Path] = []
     labels: list[int] = []
     for label, folder in enumerate(folders):
@@ -172,16 +190,16 @@ def _folder(path: Path, size: int | None) -> Images:
             )
         files += own
         labels += [label] * len(own)
-    _same_size(files, size)
+    _same_size(files, how)
 
     def read(indices: Sequence[int]) -> Tensor:
-        return _stack([(str(files[i]), files[i]) for i in indices], size)
+        return _stack([(str(files[i]), files[i]) for i in indices], how)
 
     classes = tuple(folder.name for folder in folders)
     return _kept(Images(read, torch.tensor(labels), classes, f"{len(files):,} images of {path}"))
 
 
-def _same_size(files: Sequence[Path], size: int | None) -> None:
+def _same_size(files: Sequence[Path], how: How) -> None:
     """Headers of all images are read: what is broken shows before any work. Raises SecateurError."""
     image = _pillow()
     first: tuple[Any, Path] | None = None
@@ -193,7 +211,7 @@ def _same_size(files: Sequence[Path], size: int | None) -> None:
             raise _broken(str(file), error) from None
         if first is None:
             first = found, file
-        if size is None and found != first[0]:
+        if how.size is None and found != first[0]:
             raise SecateurError(
                 f"images differ in size: {first[1]} has {first[0]}, {file} has {found}: say what the model takes "
                 "(--size 224)"
@@ -212,29 +230,30 @@ def _pillow() -> Any:
     return Image
 
 
-def _decoded(name: str, opened: Any, size: int | None) -> np.ndarray:
+def _decoded(name: str, opened: Any, how: How) -> np.ndarray:
     image = _pillow()
     try:
         with image.open(opened) as found:
-            picture = found.convert("RGB")
+            picture = found.convert("L" if how.gray else "RGB")
     except Exception as error:
         raise _broken(name, error) from None
+    size = how.size
     if size is not None and picture.size != (size, size):
         scale = size / CROP / min(picture.size)
         width, height = (max(size, round(side * scale)) for side in picture.size)
         picture = picture.resize((width, height), image.Resampling.BICUBIC)
         left, top = (width - size) // 2, (height - size) // 2
         picture = picture.crop((left, top, left + size, top + size))
-    return np.asarray(picture)
+    return np.asarray(picture).reshape(picture.size[1], picture.size[0], -1)
 
 
-def _stack(items: Sequence[tuple[str, Any]], size: int | None) -> Tensor:
+def _stack(items: Sequence[tuple[str, Any]], how: How) -> Tensor:
     """[n, 3, height, width] uint8."""
     if len(items) < 8:
-        pixels = [_decoded(name, opened, size) for name, opened in items]
+        pixels = [_decoded(name, opened, how) for name, opened in items]
     else:
         with ThreadPoolExecutor(4) as pool:
-            pixels = list(pool.map(lambda item: _decoded(item[0], item[1], size), items))
+            pixels = list(pool.map(lambda item: _decoded(item[0], item[1], how), items))
     shapes = {array.shape for array in pixels}
     if len(shapes) > 1:
         raise SecateurError(f"images differ in size ({sorted(shapes)}): say what the model takes (--size 224)")
@@ -243,6 +262,8 @@ def _stack(items: Sequence[tuple[str, Any]], size: int | None) -> Tensor:
 
 def _kept(images: Images) -> Images:
     """With its pixels in memory, where they are few."""
+    if not len(images):
+        return images
     one = images.read([0])
     if one.numel() * len(images) > IN_MEMORY:
         return images
@@ -262,7 +283,7 @@ def _of_tensor(pixels: Tensor) -> Read:
 # Arrays
 
 
-def _npz(path: Path, size: int | None) -> Images:
+def _npz(path: Path, how: How) -> Images:
     check_exists(path)
     arrays = load_numpy(path)
     labels = next((arrays[name] for name in ("labels", "y", "label") if name in arrays), None)
@@ -271,7 +292,7 @@ def _npz(path: Path, size: int | None) -> Images:
         raise SecateurError(f"{path}: expected integer `labels` [n]; it has {found}")
     labels = labels.long()
     if "jpeg" in arrays and "offsets" in arrays:
-        read, count = _encoded(path, arrays, size)
+        read, count = _encoded(path, arrays, how)
     else:
         pixels = next((arrays[name] for name in ("images", "x", "image", "pixels") if name in arrays), None)
         if pixels is None:
@@ -285,8 +306,6 @@ def _npz(path: Path, size: int | None) -> Images:
     if len(labels) and int(labels.min()) < 0:
         raise SecateurError(f"{path}: labels are classes from 0 on; found {int(labels.min())}")
     classes = tuple(str(i) for i in range(int(labels.max()) + 1 if len(labels) else 0))
-    names = arrays.get("classes")
-    classes = tuple(map(str, names.tolist())) if names is not None else classes
     return _kept(Images(read, labels, classes, f"{count:,} images of {path.name}"))
 
 
@@ -307,14 +326,14 @@ def _channels_first(path: Path, pixels: Tensor) -> Tensor:
     return pixels.float() if pixels.is_floating_point() else pixels
 
 
-def _encoded(path: Path, arrays: dict[str, Tensor], size: int | None) -> tuple[Read, int]:
+def _encoded(path: Path, arrays: dict[str, Tensor], how: How) -> tuple[Read, int]:
     raw, offsets = arrays["jpeg"].numpy(), arrays["offsets"].tolist()
     if sorted(offsets) != offsets or not offsets or offsets[0] < 0 or offsets[-1] > len(raw):
         raise SecateurError(f"{path}: offsets do not rise within the {len(raw):,} bytes of jpeg")
 
     def read(indices: Sequence[int]) -> Tensor:
         items = [(f"image {i} of {path}", io.BytesIO(raw[offsets[i] : offsets[i + 1]].tobytes())) for i in indices]
-        return _stack(items, size)
+        return _stack(items, how)
 
     return read, len(offsets) - 1
 
@@ -326,7 +345,7 @@ def _is_saved(path: Path) -> bool:
     return any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json", "state.json"))
 
 
-def _saved(path: Path, size: int | None, part: str | None) -> Images:
+def _saved(path: Path, how: How, part: str | None) -> Images:
     try:
         import datasets
     except ImportError:
@@ -361,7 +380,7 @@ def _saved(path: Path, size: int | None, part: str | None) -> Images:
             (f"image {i} of {path}", io.BytesIO(row["bytes"]) if row["bytes"] else row["path"])
             for i, row in zip(indices, rows, strict=True)
         ]
-        return _stack(items, size)
+        return _stack(items, how)
 
     classes = names or tuple(str(i) for i in range(int(labels.max()) + 1 if len(labels) else 0))
     return _kept(Images(read, labels, classes, f"{len(labels):,} images of {path}"))

@@ -44,6 +44,10 @@ class Held(Protocol):
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
+class Diverged(SecateurError):
+    """The loss of a training is no number any more."""
+
+
 class Settings(BaseModel):
     """How to train. lr: the peak; warmup: share of the steps until it is reached; after that decay to 0.
 
@@ -70,12 +74,15 @@ class Settings(BaseModel):
 
 @dataclass(frozen=True)
 class Epoch:
-    """What an epoch came to. loss: mean over its steps; measures: of `evaluate`, where it was given."""
+    """What an epoch came to. loss: mean over its steps; sparsity: of what is held, where there is something; measures: of
+    `evaluate`, where it was given.
+    """
 
     number: int
     loss: float
     lr: float
     seconds: float
+    sparsity: float | None
     measures: Mapping[str, float]
 
 
@@ -136,8 +143,9 @@ def finetune_(
     if resume and where is not None and (where / CHECKPOINT).exists():
         _load(run, where / CHECKPOINT)
     elif where is not None:
-        where.mkdir(parents=True, exist_ok=True)
-        (where / LOG).unlink(missing_ok=True)
+        with disk(where):
+            where.mkdir(parents=True, exist_ok=True)
+            (where / LOG).unlink(missing_ok=True)
     try:
         for number in range(len(run.history), settings.epochs):
             run.history.append(_epoch(run, batches, number, teacher, evaluate, progress))
@@ -176,7 +184,8 @@ def _epoch(
             if progress is not None:
                 progress("train", done + step, settings.epochs * run.steps, f"epoch {number + 1}")
     measures = {} if evaluate is None else dict(evaluate(run.model.eval()))
-    return Epoch(number, float(total) / max(run.steps, 1), lr, time.perf_counter() - started, measures)
+    sparsity = getattr(getattr(run.held, "masks", None), "sparsity", None)
+    return Epoch(number, float(total) / max(run.steps, 1), lr, time.perf_counter() - started, sparsity, measures)
 
 
 def rate(settings: Settings, progress: float) -> float:
@@ -231,7 +240,7 @@ def _check_finite(total: Tensor, run: _Run, number: int, step: int) -> None:
     if bool(torch.isfinite(total)):
         return
     kept = "" if run.folder is None or not run.history else f" Epoch {len(run.history)} is kept in {run.folder}."
-    raise SecateurError(
+    raise Diverged(
         f"the loss is {float(total)} in step {step + 1} of epoch {number + 1}: the weights are of no use any more.{kept}\n"
         f"  Lower lr ({run.settings.lr}), warm up (warmup: 0.1), or look at the inputs for NaN."
     )
@@ -242,15 +251,13 @@ def _check_finite(total: Tensor, run: _Run, number: int, step: int) -> None:
 
 def _write(run: _Run, writer: Any) -> None:
     epoch = run.history[-1]
-    row = asdict(epoch) | {"measures": dict(epoch.measures)}
-    row |= {"sparsity": getattr(getattr(run.held, "masks", None), "sparsity", None)}
     if run.folder is not None:
         with disk(run.folder):
             _save(run, run.folder / CHECKPOINT)
-            with (run.folder / LOG).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            rows = [json.dumps(asdict(each) | {"measures": dict(each.measures)}) + "\n" for each in run.history]
+            (run.folder / LOG).write_text("".join(rows), encoding="utf-8")  # whole, whatever an earlier run left
     if writer is not None:
-        numbers = {"loss": epoch.loss, "lr": epoch.lr, "sparsity": row["sparsity"]} | dict(epoch.measures)
+        numbers = {"loss": epoch.loss, "lr": epoch.lr, "sparsity": epoch.sparsity} | dict(epoch.measures)
         for name, value in numbers.items():
             if isinstance(value, (int, float)):
                 writer.add_scalar(name, value, epoch.number + 1)

@@ -109,15 +109,12 @@ HARMLESS = 0.01  # nats
 
 def _proposal(found: Proposal, out: Path) -> list[str]:
     wanted, stop = found.wanted, found.wanted.stop
-    left = [1.0]
-    while len(left) <= found.rounds:
-        left.append(max(left[-1] * wanted.rounds.keep, 1 - (wanted.sparsity or 0.0)))
-    steps = ", ".join(_percent(1 - share, 0) for share in left[1:])
+    steps = ", ".join(_percent(share, 0) for share in found.rounds)
     noise = 1.96 * (2 * 0.02 / found.dense["images"]) ** 0.5
     return [
         "## What to do",
         "",
-        f"`recipe.yaml` goes in {found.rounds} rounds: {steps} of the weights in all. Each one cuts by magnitude, "
+        f"`recipe.yaml` goes in {len(found.rounds)} rounds: {steps} of the weights in all. Each one cuts by magnitude, "
         "estimates "
         f"batch norms anew, trains {wanted.finetune.epochs} epochs with the learning rate rewound to "
         f"{wanted.finetune.lr:g}, "
@@ -358,9 +355,9 @@ def _cost_row(trial: Trial) -> tuple[str, ...]:
         _short(c["packed"]),
         _short(c["nnz_macs"]),
         f"{c['dead_channels']} of {c['channels']:,}",
-        f"{ms['p50_1']:.2f}, {ms['p95_1']:.2f}",
-        f"{ms['p50_32']:.1f}, {ms['p95_32']:.1f}",
-        f"{ms['dense_p50_1']:.2f}, {ms['dense_p50_32']:.1f}",
+        f"{ms['p50_1']:.2f}, {ms['p95_1']:.2f}" if ms else "",
+        f"{ms['p50_32']:.1f}, {ms['p95_32']:.1f}" if ms else "",
+        f"{ms['dense_p50_1']:.2f}, {ms['dense_p50_32']:.1f}" if ms else "",
     )
 
 

@@ -34,6 +34,7 @@ from secateur.strategy.request import Sets, Source, Strategy, make_strategy, rea
 from secateur.strategy.scan import Probe, cells, measured_sparsities, probe
 from secateur.training.masks import Masks
 from secateur.training.rewind import KEPT, cut, progresses
+from secateur.training.schedules import iterative
 
 TARGETS = (0.5, 0.8, 0.9, 0.95)  # of the whole model, by each allocation
 ALLOCATIONS = ("uniform", "erdos-renyi", "lamp", "global", "measured")
@@ -56,7 +57,7 @@ class Allocated:
 
 @dataclass
 class Proposal:
-    """What was found. dense: top-1 and so on; seconds: of each part; round_seconds: what a round will take about."""
+    """What was found. dense: top-1 and so on; rounds: the sparsity of each; seconds: of each part."""
 
     wanted: Strategy
     dense: dict[str, Any]
@@ -67,7 +68,7 @@ class Proposal:
     sizes: dict[str, int]
     protected: dict[str, str]
     data: dict[str, str]
-    rounds: int
+    rounds: list[float]
     seconds: dict[str, float] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
@@ -107,6 +108,13 @@ class Case:
     sets: Sets
     device: str
     weights: Any
+    source: Source
+
+    def images_key(self) -> list[Any]:
+        """What tells these images from others."""
+        sources = [self.source.source, *([self.source.train] if self.source.train else [])]
+        stats = [path.stat() for path in sources]
+        return [*((s.st_size, s.st_mtime_ns) for s in stats), self.sets.test.description, self.sets.train.description]
 
     def batches(self, images: int, size: int = 64) -> list[tuple[Tensor, Tensor]]:
         """Some images to measure on, drawn."""
@@ -152,7 +160,7 @@ def examine(wanted: Strategy, device: str) -> Case:
                 f"labels go to {outside} in {images.description}; the model has {given.logits.shape[1]} classes, 0 to "
                 f"{given.logits.shape[1] - 1}: the data is another model's, or its classes are numbered otherwise"
             )
-    return Case(make, model, plan, sets, device, weights)
+    return Case(make, model, plan, sets, device, weights, wanted.data)
 
 
 def first_request(
@@ -198,7 +206,7 @@ def expect(case: Case, wanted: Strategy, images: int) -> Expected:
     return Expected(
         one * (count * images + whole),
         one * (3.5 * steps + len(case.sets.test) + case.norm_images),
-        len(progresses(wanted.recipe, wanted.rounds.keep)),
+        len(progresses(wanted.recipe, wanted.rounds.keep)) + wanted.rounds.bisect,
         5 * weights + activations,
         count,
     )
@@ -240,7 +248,7 @@ def propose(
         sizes,
         dict(case.plan.protected),
         {"measured on": case.sets.test.description, "to train on": case.sets.train.description},
-        len(progresses(final.recipe, final.rounds.keep)),
+        steps(final, sizes),
         seconds,
     )
     seconds["total"] = time.perf_counter() - started
@@ -250,6 +258,16 @@ def propose(
         pages.strategy(proposal, staging, out)
         os.replace(staging, out)
     return proposal
+
+
+def steps(wanted: Strategy, sizes: Mapping[str, int]) -> list[float]:
+    """The sparsity of every round, over all layers."""
+    own = {override.match: override.sparsity or 0.0 for override in wanted.overrides}
+    found = []
+    for progress in progresses(wanted.recipe, wanted.rounds.keep):
+        gone = sum(size * iterative(progress, own.get(name, wanted.sparsity or 0.0)) for name, size in sizes.items())
+        found.append(gone / sum(sizes.values()))
+    return found
 
 
 def recipe_text(wanted: Strategy) -> str:
@@ -265,7 +283,9 @@ def recipe_text(wanted: Strategy) -> str:
 def _key(wanted: Strategy, case: Case, images: int) -> dict[str, Any]:
     file = case.weights.folder / case.weights.shards[0]
     asked = wanted.model_dump(mode="json", include={"build", "weights", "data", "protect"})
-    return {"asked": asked, "images": images, "size": file.stat().st_size, "versions": environment()}
+    stat = file.stat()
+    weights = [stat.st_size, stat.st_mtime_ns]
+    return {"asked": asked, "count": images, "weights": weights, "images": case.images_key(), "versions": environment()}
 
 
 def _prepare(staging: Path, resume: bool, key: dict[str, Any]) -> None:
@@ -275,11 +295,12 @@ def _prepare(staging: Path, resume: bool, key: dict[str, Any]) -> None:
         known = (staging / "key.json").read_text(encoding="utf-8") if (staging / "key.json").exists() else ""
         if not resume:
             raise SecateurError(f"{staging} is what a run that was stopped has left: go on with --resume, or delete it")
-        if known != text:
+        if known and known != text:
             raise SecateurError(f"{staging} was made with other settings: give the same, or delete it")
-        return
+        if known:
+            return
     with disk(staging):
-        staging.mkdir(parents=True)
+        staging.mkdir(parents=True, exist_ok=True)
         (staging / "key.json").write_text(text, encoding="utf-8")
 
 

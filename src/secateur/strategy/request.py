@@ -11,7 +11,7 @@ from pydantic import Field
 
 from secateur.data.images import Images, load_images, parts
 from secateur.errors import SecateurError
-from secateur.recipe import METHODS, Part, Recipe, Threshold, validate
+from secateur.recipe import METHODS, Part, Recipe, Threshold, known_method, validate
 from secateur.recover import Settings
 from secateur.training.rewind import check_rewind
 
@@ -74,10 +74,15 @@ class Strategy(Recipe):
 
 def make_strategy(values: Mapping[str, Any], where: str = "recipe") -> Strategy:
     """From the keys of a YAML file; what it does not say is magnitude's. Raises SecateurError."""
-    base = METHODS["magnitude"] | {key: value for key, value in values.items() if value is not None}
+    given = {key: value for key, value in values.items() if value is not None}
+    base = METHODS[known_method(given.get("method", "magnitude"))] | given
     if missing := [key for key in ("build", "weights", "data") if key not in base]:
         raise SecateurError(
             f"{where}: rounds need {missing[0]}: build, weights and data say what is pruned and measured"
+        )
+    if ":" in str(base.get("granularity", "")):
+        raise SecateurError(
+            f"{where}: an N:M pattern is there at once, and rounds would have nothing to do: use secateur prune"
         )
     if "sparsity" not in base and "threshold" not in base:
         base["sparsity"] = 0.95
@@ -108,7 +113,8 @@ def read_sets(source: Source) -> Sets:
         test, train = (load_images(source.source, **settings, part=part) for part in ("test", "train"))
     else:
         train, test = load_images(source.source, **settings).split(source.holdout, seed=0)
-    if test.classes != train.classes and len(test.classes) != len(train.classes):
+    named = not all(name.isdigit() for name in (*test.classes, *train.classes))
+    if named and test.classes != train.classes:
         only = sorted(set(test.classes) ^ set(train.classes))
         raise SecateurError(
             f"the classes of {test.description} ({len(test.classes)}) and of {train.description} ({len(train.classes)}) "

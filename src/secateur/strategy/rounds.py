@@ -25,7 +25,7 @@ from secateur.module import fresh, open_weights
 from secateur.pipeline import check_out
 from secateur.probe import TOLERANCE, answer, difference
 from secateur.recover import finetune_, reestimate_
-from secateur.recover.finetune import CHECKPOINT, disk
+from secateur.recover.finetune import CHECKPOINT, LOG, Diverged, disk
 from secateur.strategy import pages
 from secateur.strategy.propose import Case, examine
 from secateur.strategy.request import Strategy
@@ -62,7 +62,7 @@ class Trial:
 
 @dataclass
 class Outcome:
-    """What the rounds came to. best: the number of the trial that was kept; 0: the dense model."""
+    """What the rounds came to. best: the number of the trial that was kept; -1: none held, the model is as it was given."""
 
     wanted: Strategy
     dense: dict[str, Any]
@@ -135,15 +135,16 @@ def run_rounds(
     progress("measure", 0, 1, "the dense model")
     dense = answers(reference, case.sets.test.batches(BATCH, device))
     work = _Work(wanted, case, folder, dense, reference, progress, trials, best)
+    earlier = sum(trial.seconds for trial in trials)
     ended = _all(work, key)
     outcome = Outcome(
         wanted,
         described(dense),
         costs(reference, _example(case)).as_dict(),
         work.trials,
-        max(work.best, 0),
+        work.best,
         ended,
-        seconds=time.perf_counter() - started + sum(t.seconds for t in trials),
+        seconds=time.perf_counter() - started + earlier,
     )
     _finish(work, outcome, out)
     return outcome
@@ -155,16 +156,18 @@ def _all(work: _Work, key: dict[str, Any]) -> str:
     _round(work, key, 0.0)
     low = 0.0
     for place in progresses(wanted.recipe, wanted.rounds.keep):
-        if _round(work, key, place).holds:
+        if (trial := _round(work, key, place)).holds:
             low = place
-            if goal := _goal(work):
+            if goal := _goal(wanted, trial):
                 return goal
             continue
         high = place
         for _ in range(wanted.rounds.bisect):
             middle = (low + high) / 2
-            if _round(work, key, middle).holds:
+            if (trial := _round(work, key, middle)).holds:
                 low = middle
+                if goal := _goal(wanted, trial):
+                    return goal
             else:
                 high = middle
         failed = next(t for t in work.trials if not t.holds and t.progress > 0)
@@ -189,7 +192,13 @@ def _round(work: _Work, key: dict[str, Any], place: float) -> Trial:
         masks.apply_(model)
         reestimate_(model, case.norm_batches(BATCH))
         before = described(given := _answers(work, model), lost(work.dense, given))
-    _train(work, model, masks, number)
+    try:
+        _train(work, model, masks, number)
+    except Diverged as error:
+        if place == 0:
+            raise
+        return _diverged(work, key, number, place, masks, before, model, str(error))
+    as_stored_(model, case)
     given = _answers(work, model)
     loss = lost(work.dense, given)
     example = _example(case)
@@ -210,6 +219,33 @@ def _round(work: _Work, key: dict[str, Any], place: float) -> Trial:
     )
     _note(work, key, trial, model)
     return trial
+
+
+def _diverged(
+    work: _Work,
+    key: dict[str, Any],
+    number: int,
+    place: float,
+    masks: Masks,
+    before: dict[str, Any],
+    model: nn.Module,
+    why: str,
+) -> Trial:
+    """A round that failed in training, with what was measured before it."""
+    first = why.splitlines()[0]
+    found = costs(model, _example(work.case)).as_dict()
+    trial = Trial(number, place, masks.sparsity, f"training diverged: {first}", before, before, found, {}, 0.0)
+    _note(work, key, trial, model)
+    return trial
+
+
+def as_stored_(model: nn.Module, case: Case) -> None:
+    """Round every tensor to what the file will hold, so that what is measured is what is written."""
+    with torch.no_grad():
+        for name, value in model.state_dict().items():
+            entry = case.weights.entries.get(name)
+            if entry is not None and value.is_floating_point():
+                value.copy_(value.to(DTYPES[entry.dtype]))
 
 
 def _start(work: _Work) -> nn.Module:
@@ -272,9 +308,9 @@ def _verdict(wanted: Strategy, loss: Loss) -> str:
     return "holds"
 
 
-def _goal(work: _Work) -> str:
-    """Which goal the last trial meets; nothing where none does."""
-    trial, stop = work.trials[-1], work.wanted.stop
+def _goal(wanted: Strategy, trial: Trial) -> str:
+    """Which goal a trial meets; nothing where none does."""
+    stop = wanted.stop
     if stop.packed is not None and trial.costs["packed"] <= stop.packed:
         return f"packed, it takes {trial.costs['packed']:,} bytes, within {stop.packed:,}"
     if stop.latency is not None and trial.latency["p50_1"] <= stop.latency:
@@ -292,7 +328,7 @@ def _key(wanted: Strategy, case: Case) -> dict[str, Any]:
             {
                 "recipe": wanted.model_dump(mode="json", exclude={"out"}),
                 "weights": [file.stat().st_size, file.stat().st_mtime_ns],
-                "images": [case.sets.test.description, case.sets.train.description],
+                "images": case.images_key(),
                 "versions": environment(),
             }
         )
@@ -304,10 +340,13 @@ def _begin(folder: Path, key: dict[str, Any], resume: bool) -> tuple[list[Trial]
     if not folder.exists():
         with disk(folder):
             folder.mkdir(parents=True)
+            _write_state(folder, key, -1, [])
         return [], -1
     if not resume:
         raise SecateurError(f"{folder} is what a run that was stopped has left: go on with --resume, or delete it")
     if not (folder / STATE).exists():
+        with disk(folder):
+            _write_state(folder, key, -1, [])
         return [], -1
     state = json.loads((folder / STATE).read_text(encoding="utf-8"))
     if state["key"] != key:
@@ -326,13 +365,17 @@ def _note(work: _Work, key: dict[str, Any], trial: Trial, model: nn.Module) -> N
         if trial.holds and trial.progress > 0:
             work.best = trial.number
             _save(model, work.folder / f"best-{trial.number}.safetensors")
-        state = {"key": key, "best": work.best, "trials": [asdict(t) for t in work.trials]}
-        partial = work.folder / f"{STATE}.partial"
-        partial.write_text(json.dumps(state, indent=1), encoding="utf-8")
-        os.replace(partial, work.folder / STATE)
+        _write_state(work.folder, key, work.best, work.trials)
         if old != work.best:
             (work.folder / f"best-{old}.safetensors").unlink(missing_ok=True)
         (work.folder / f"round-{trial.number}" / CHECKPOINT).unlink(missing_ok=True)
+
+
+def _write_state(folder: Path, key: dict[str, Any], best: int, trials: list[Trial]) -> None:
+    state = {"key": key, "best": best, "trials": [asdict(trial) for trial in trials]}
+    partial = folder / f"{STATE}.partial"
+    partial.write_text(json.dumps(state, indent=1), encoding="utf-8")
+    os.replace(partial, folder / STATE)
 
 
 def _save(model: nn.Module, path: Path, dtypes: Mapping[str, torch.dtype] | None = None) -> None:
@@ -372,15 +415,15 @@ def _finish(work: _Work, outcome: Outcome, out: Path) -> None:
     with disk(work.folder):
         (work.folder / "secateur.json").write_text(json.dumps(outcome.as_dict(), indent=2), encoding="utf-8")
         pages.rounds(outcome, work.folder, case)
-        for left in (*work.folder.glob("best-*.safetensors"), work.folder / STATE):
-            left.unlink(missing_ok=True)
         logs = work.folder / "logs"
-        for folder in sorted(work.folder.glob("round-*")):
-            logs.mkdir(exist_ok=True)
-            if (folder / "log.jsonl").exists():
-                os.replace(folder / "log.jsonl", logs / f"{folder.name}.jsonl")
+        logs.mkdir(exist_ok=True)
+        for log in sorted(work.folder.glob(f"round-*/{LOG}")):
+            shutil.copyfile(log, logs / f"{log.parent.name}.jsonl")
+        os.replace(work.folder, out)  # it is whole now; what follows only tidies up
+        for folder in out.glob("round-*"):
             shutil.rmtree(folder)
-        os.replace(work.folder, out)
+        for left in (*out.glob("best-*.safetensors"), out / STATE):
+            left.unlink(missing_ok=True)
 
 
 def _example(case: Case) -> torch.Tensor:

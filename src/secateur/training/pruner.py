@@ -305,9 +305,11 @@ class Pruner:
         if self._structures is not None:
             self._structures.units = state["units"]
         self._memory = {name: {} for name in self._memory}
+        devices = {name: parameter.device for name, parameter in named(self.model)}
+        places = {s.layer.name: devices[s.layer.parameter] for s in self._settings}
         for key, value in state["memory"].items():
             layer, _, what = key.rpartition("/")
-            self._memory[layer][what] = value.clone()
+            self._memory[layer][what] = value.to(places[layer], copy=True)
         self._hold()
 
 
