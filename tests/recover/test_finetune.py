@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import secateur
+from secateur import state
 from secateur.data.images import Epochs, from_tensors
 from secateur.errors import SecateurError
 from secateur.recover import Settings, finetune, finetune_
@@ -154,7 +155,7 @@ def test_a_loss_that_is_no_number_stops_it_and_the_last_epoch_is_kept(tmp_path):
 
 
 def test_a_full_disk_is_one_clear_error_and_what_was_there_stays(tmp_path, monkeypatch):
-    real, calls = finetune.save_file, []
+    real, calls = state.save_file, []
 
     def full(tensors, path, metadata):
         calls.append(path)
@@ -163,7 +164,7 @@ def test_a_full_disk_is_one_clear_error_and_what_was_there_stays(tmp_path, monke
             raise OSError(errno.ENOSPC, "No space left on device")
         real(tensors, path, metadata=metadata)
 
-    monkeypatch.setattr(finetune, "save_file", full)
+    monkeypatch.setattr(state, "save_file", full)
     with pytest.raises(SecateurError, match=r"the disk is full.* make room and go on with resume"):
         finetune_(tiny(), epochs(), Settings(epochs=3), folder=tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint.safetensors", "log.jsonl"]

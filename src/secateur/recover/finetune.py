@@ -7,7 +7,6 @@ from __future__ import annotations
 import errno
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -17,8 +16,7 @@ from typing import Any, Literal, Protocol
 import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -26,6 +24,7 @@ from secateur.data import call
 from secateur.errors import SecateurError
 from secateur.measure.classify import check_labels
 from secateur.probe import answer
+from secateur.state import read_state, under, write_state
 
 CHECKPOINT, LOG = "checkpoint.safetensors", "log.jsonl"
 
@@ -254,7 +253,7 @@ def _write(run: _Run, writer: Any) -> None:
     if run.folder is not None:
         with disk(run.folder):
             _save(run, run.folder / CHECKPOINT)
-            rows = [json.dumps(asdict(each) | {"measures": dict(each.measures)}) + "\n" for each in run.history]
+            rows = [json.dumps(asdict(each)) + "\n" for each in run.history]
             (run.folder / LOG).write_text("".join(rows), encoding="utf-8")  # whole, whatever an earlier run left
     if writer is not None:
         numbers = {"loss": epoch.loss, "lr": epoch.lr, "sparsity": epoch.sparsity} | dict(epoch.measures)
@@ -289,21 +288,14 @@ def _save(run: _Run, path: Path) -> None:
         f"optimizer/{i}/{key}": v for i, own in state.items() for key, v in own.items() if isinstance(v, Tensor)
     }
     tensors |= {f"random/{name}": value for name, value in _random()}
-    told: dict[str, Any] = {"history": [asdict(e) | {"measures": dict(e.measures)} for e in run.history]}
+    told: dict[str, Any] = {"history": [asdict(epoch) for epoch in run.history]}
     told |= {"settings": run.settings.model_dump(), "steps": run.steps}
     if run.held is not None:
         held = run.held.state_dict()
         for part in ("masks", "memory"):
             tensors |= {f"held/{part}/{name}": value for name, value in held.pop(part).items()}
         told["held"] = held
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        own = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
-        save_file(own, partial, metadata={"state": json.dumps(told)})
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    write_state(path, tensors, told)
 
 
 def _random() -> Iterator[tuple[str, Tensor]]:
@@ -313,31 +305,26 @@ def _random() -> Iterator[tuple[str, Tensor]]:
 
 
 def _load(run: _Run, path: Path) -> None:
-    try:
-        with safe_open(path, framework="pt") as file:
-            told = json.loads(file.metadata()["state"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise SecateurError(f"{path} is no checkpoint of fine-tuning: {error}") from None
+    tensors, told = read_state(path, "is no checkpoint of fine-tuning")
     changed = [key for key, value in run.settings.model_dump().items() if _plain(value) != told["settings"].get(key)]
     if changed or told["steps"] != run.steps:
         what = ", ".join(changed) or "the number of steps"
         raise SecateurError(f"{path} was made with other settings ({what}): go on with the same, or begin anew")
-    weights = _under(tensors, "model/")
+    weights = under(tensors, "model/")
     own = run.model.state_dict()
     other = [n for n in {*own, *weights} if n not in own or n not in weights or own[n].shape != weights[n].shape]
     if other:
         raise SecateurError(f"{path} is a checkpoint of another model: {sorted(other)[0]} differs")
     run.model.load_state_dict(weights)
     state: dict[int, dict[str, Tensor]] = {}
-    for name, value in _under(tensors, "optimizer/").items():
+    for name, value in under(tensors, "optimizer/").items():
         number, _, key = name.partition("/")
         state.setdefault(int(number), {})[key] = value
     run.optimizer.load_state_dict(run.optimizer.state_dict() | {"state": state})
     if run.held is not None:
-        parts = {part: _under(tensors, f"held/{part}/") for part in ("masks", "memory")}
+        parts = {part: under(tensors, f"held/{part}/") for part in ("masks", "memory")}
         run.held.load_state_dict(told["held"] | parts)
-    random = _under(tensors, "random/")
+    random = under(tensors, "random/")
     torch.set_rng_state(random.pop("cpu"))
     if random and torch.cuda.device_count() == len(random):
         torch.cuda.set_rng_state_all([random[f"cuda/{i}"] for i in range(len(random))])
@@ -346,10 +333,6 @@ def _load(run: _Run, path: Path) -> None:
 
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
-
-
-def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def _tensorboard(folder: Path | None) -> Any:

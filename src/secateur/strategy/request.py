@@ -11,11 +11,9 @@ from pydantic import Field
 
 from secateur.data.images import Images, load_images, parts
 from secateur.errors import SecateurError
-from secateur.recipe import METHODS, Part, Recipe, Threshold, known_method, validate
+from secateur.recipe import METHODS, Part, Recipe, known_method, validate
 from secateur.recover import Settings
 from secateur.training.rewind import check_rewind
-
-KEYS = {"rounds", "stop", "finetune", "data"}  # a YAML file that has one of them is a strategy's
 
 
 class Source(Part):
@@ -95,7 +93,7 @@ def make_strategy(values: Mapping[str, Any], where: str = "recipe") -> Strategy:
 
 @dataclass(frozen=True)
 class Sets:
-    """train: None where only measuring was asked for."""
+    """What is measured on, and what is trained on."""
 
     test: Images
     train: Images
@@ -124,6 +122,3 @@ def read_sets(source: Source) -> Sets:
         raise SecateurError(f"too few images: {len(train)} to train on, {len(test)} to measure on")
     test = test if source.images is None else test.sample(source.images, 0)
     return Sets(test, train if source.train_images is None else train.sample(source.train_images, 0))
-
-
-__all__ = ["KEYS", "Rounds", "Sets", "Source", "Stop", "Strategy", "Threshold", "make_strategy", "read_sets"]

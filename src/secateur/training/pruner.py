@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import time
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,14 +11,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from secateur.errors import SecateurError
 from secateur.plan import Setting, make_plan
 from secateur.recipe import Recipe, Training, nearest
+from secateur.state import read_state, under, write_state
 from secateur.training.calibrated import chooser
 from secateur.training.masks import Masks, named, placed, whole
 from secateur.training.methods import METHODS, Method, gradual
@@ -281,21 +278,13 @@ class Pruner:
         """Write `state_dict` to a safetensors file, whole or not at all."""
         state, path = self.state_dict(), Path(path)
         tensors = {f"masks/{name}": bits for name, bits in state.pop("masks").items()}
-        tensors |= {f"memory/{name}": value.contiguous() for name, value in state.pop("memory").items()}
-        save_file(tensors, path.with_name(f"{path.name}.partial"), metadata={"state": json.dumps(state)})
-        os.replace(path.with_name(f"{path.name}.partial"), path)
+        tensors |= {f"memory/{name}": value for name, value in state.pop("memory").items()}
+        write_state(path, tensors, state)
 
     def load(self, path: str | Path) -> None:
         """Go on from a file that `save` wrote. Raises SecateurError when it is none, or another model's."""
-        try:
-            with safe_open(path, framework="pt") as file:
-                state = json.loads(file.metadata()["state"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise SecateurError(f"{path} holds no masks of a training run: {error}") from None
-        for part in ("masks", "memory"):
-            state[part] = {n.removeprefix(f"{part}/"): t for n, t in tensors.items() if n.startswith(f"{part}/")}
-        self.load_state_dict(state)
+        tensors, state = read_state(Path(path), "holds no masks of a training run")
+        self.load_state_dict(state | {part: under(tensors, f"{part}/") for part in ("masks", "memory")})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken. Raises SecateurError when it is another model's."""
