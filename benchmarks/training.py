@@ -74,9 +74,10 @@ def methods() -> Iterator[dict[str, Any]]:
 
 
 def gradual() -> Iterator[dict[str, Any]]:
-    """ResNet-56, gradually."""
-    for sparsity in (0.0, 0.8, 0.9, 0.95):
-        yield {"name": "gradual" if sparsity else "dense", "sparsity": sparsity, "seed": 0, "epochs": EPOCHS}
+    """ResNet-56, gradually; with the dense checkpoint as a teacher of the dense net too, and without one."""
+    for distil, sparsity in itertools.product((0.7, 0.0), (0.0, 0.8, 0.9, 0.95)):
+        name = "gradual" if sparsity else "dense"
+        yield {"name": name, "sparsity": sparsity, "seed": 0, "epochs": EPOCHS, "distil": distil}
 
 
 def overhead() -> Iterator[dict[str, Any]]:
@@ -140,6 +141,7 @@ def _trained(depth: int, cell: dict[str, Any], device: str) -> dict[str, Any]:
         augment=("flip", "crop"),
         seed=cell["seed"],
         precision="bfloat16" if depth == 56 else "float32",
+        distil=cell.get("distil", 0.0),
     )
     batches = Epochs(cifar("train", device), settings.batch, settings.seed, settings.augment, device)
     held: list[Pruner] = []
@@ -152,8 +154,16 @@ def _trained(depth: int, cell: dict[str, Any], device: str) -> dict[str, Any]:
         return held[0]
 
     started = time.perf_counter()
-    folder = ROOT / f"build/training/{depth}-{name}-{sparsity}-{cell['seed']}-{cell['epochs']}"
-    history = finetune_(model, batches, settings, prune=None if name == "dense" else prune, folder=folder, resume=True)
+    folder = ROOT / f"build/training/{depth}-{name}-{sparsity}-{cell['seed']}-{cell['epochs']}-{settings.distil}"
+    history = finetune_(
+        model,
+        batches,
+        settings,
+        prune=None if name == "dense" else prune,
+        teacher=resnet(depth, device) if settings.distil else None,
+        folder=folder,
+        resume=True,
+    )
     report = held[0].report() if held else None
     return {
         "accuracy": accuracy(model, device),

@@ -172,10 +172,44 @@ def test_zeros_and_torchs_masks_that_are_not_taken_over_fill_up():
             assert left == gone == 200 if taken else left < 10
 
 
-def test_ranks_that_differ_are_told(tmp_path):
-    """What compares them, seen at work: nothing keeps these two together."""
+def two_ranks(how: str, out, without: str = "") -> subprocess.CompletedProcess:
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--standalone"]
-    done = subprocess.run([*words, RANKS, "apart", tmp_path], env=env, capture_output=True, text=True, timeout=240)
+    ranks = [RANKS, how, out, *([without] if without else [])]
+    return subprocess.run([*words, *ranks], env=env, capture_output=True, text=True, timeout=240)
+
+
+def of_ranks(out) -> list[dict]:
+    return [torch.load(out / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+
+def test_ranks_that_differ_are_told(tmp_path):
+    """What compares them, seen at work: nothing keeps these two together."""
+    done = two_ranks("apart", tmp_path)
     assert done.returncode != 0
     assert "the ranks have chosen different masks" in done.stderr
+
+
+def test_without_the_comparison_ranks_that_differ_go_on(tmp_path):
+    done = two_ranks("apart", tmp_path, "comparison")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len({found["digest"] for found in of_ranks(tmp_path)}) == 2
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_without_the_product_weights_come_back_on_both_ranks(how, tmp_path):
+    done = two_ranks(how, tmp_path, "product")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert min(found["violations"] for found in of_ranks(tmp_path)) > 500
+
+
+def test_without_all_of_a_sharded_weight_ranks_choose_apart(tmp_path):
+    done = two_ranks("fsdp", tmp_path, "whole")
+    assert done.returncode != 0
+    assert "the ranks have chosen different masks" in done.stderr
+
+
+def test_without_its_place_a_mask_does_not_reach_a_sharded_weight(tmp_path):
+    done = two_ranks("fsdp", tmp_path, "placed")
+    assert done.returncode != 0
+    assert "mixed torch.Tensor and DTensor" in done.stderr
