@@ -286,6 +286,42 @@ def training_methods() -> str:
     return "\n".join(lines)
 
 
+def training_gradual() -> str:
+    """ResNet-56, gradually, beside the dense net trained equally."""
+    rows = [row for row in _lines("training.jsonl") if row["part"] == "gradual"]
+    found = {(row["sparsity"], row["distil"]): row["accuracy"] for row in rows}
+    lines = [_row(["sparsity", "labels alone", "the dense checkpoint as a teacher"]), _row(["---"] * 3)]
+    for sparsity in sorted({row["sparsity"] for row in rows}):
+        cells = []
+        for distil in (0.0, 0.7):
+            own, dense = found.get((sparsity, distil)), found.get((0.0, distil))
+            if own is None or dense is None:
+                cells.append("")
+            else:
+                cells.append(f"{own:.2f} ({own - dense:+.2f})" if sparsity else f"{own:.2f}")
+        lines.append(_row([f"{sparsity:.0%}" if sparsity else "dense", *cells]))
+    return "\n".join(lines)
+
+
+def strategy() -> str:
+    """What strategies proposed, and what their rounds came to."""
+    rows = {row["case"]: row for row in _lines("strategy.jsonl")}
+    head = ["model", "dense top-1", "scan", "peak memory", "kept", "drop of top-1", "all rounds", "ended because"]
+    lines = [_row(head), _row(["---"] * len(head))]
+    for name, row in rows.items():
+        cells = [CASES[name], f"{row['dense']:.1%}", f"{row['scan_seconds'] / 60:.0f} min", f"{row['peak_gb']:.1f} GB"]
+        if "sparsity" in row:
+            drop = f"{100 * row['drop']:+.1f} ± {100 * row['noise']:.1f} points"
+            cells += [f"{row['sparsity']:.1%}", drop, f"{row['run_seconds'] / 60:.0f} min", row["ended"]]
+        lines.append(_row([*cells, *[""] * (len(head) - len(cells))]))
+    return "\n".join(lines)
+
+
+CASES = {
+    "resnet56": "ResNet-56, CIFAR-10",
+    "efficientnet": "EfficientNet-Lite0, ImageNet sample",
+    "vit": "ViT, 152M random parameters",
+}
 ONESHOT = {
     "admm": "admm",
     "admm-lamp": "admm, allocation lamp",
@@ -321,6 +357,8 @@ TABLES = {
     "structured-vision": structured_vision,
     "training-oneshot": training_oneshot,
     "training-methods": training_methods,
+    "training-gradual": training_gradual,
+    "strategy": strategy,
 }
 
 

@@ -26,7 +26,7 @@ from secateur.stream.walk import Resident, Stopped, Store, walk
 from secateur.weights.allocation import Summary, summarize
 from secateur.weights.criteria import CRITERIA
 from secateur.weights.gradients import Derivatives, Loss, derivatives
-from secateur.weights.layers import all_layers
+from secateur.weights.layers import Layer, all_layers
 from secateur.weights.stats import Inputs, Stats
 from secateur.weights.update import UPDATES
 
@@ -122,7 +122,7 @@ class Job:
     finish: Callable[[int, Any], None] | None = None
     dense: Store | None = None
     seconds: dict[str, float] = field(default_factory=dict)
-    chosen: Callable[[str, Tensor], None] | None = None
+    chosen: Callable[[Layer, Tensor], None] | None = None
 
     @property
     def batches(self) -> list[Batch]:
@@ -163,14 +163,14 @@ def prune_(
     *,
     loss: Loss | None = None,
     progress: Progress = no_progress,
-    chosen: Callable[[str, Tensor], None] | None = None,
+    chosen: Callable[[Layer, Tensor], None] | None = None,
 ) -> Report:
     """Prune a module in place: pruned weights become 0, their shapes stay.
 
     data: batches (mappings of forward arguments, tensors, or (input, label) pairs); needed unless the recipe's
     criterion, update and allocation look at weights alone. loss(model, batch) -> scalar: for the criteria taylor, fisher
     and obd, which sum over batches (fisher as published wants batches of one sample); a language model has one by default.
-    chosen: is told the name of each layer and its keep mask [out, in], True = kept.
+    chosen: is told each layer and its keep mask [out, in], True = kept.
 
     Raises SecateurError, before anything changes where it can be known, and leaves the model as it was.
     """
@@ -365,7 +365,7 @@ def _prune_layer(job: Job, setting: Setting, inputs: Inputs | None, derivative: 
         measured = "outputs"
     removed = int(weight.numel() - keep.sum())
     if job.chosen is not None:
-        job.chosen(layer.name, keep)
+        job.chosen(layer, keep)
     return LayerReport(layer.name, layer.shape, removed / weight.numel(), removed, error, measured, notes)
 
 

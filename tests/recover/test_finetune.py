@@ -67,7 +67,7 @@ def test_a_teacher_is_matched_by_the_loss_of_the_paper():
     model, teacher = tiny().eval(), tiny(1)
     settings = Settings(distil=0.3, temperature=4.0)
     run = finetune._Run(model, torch.optim.SGD(model.parameters()), None, settings, 1, None, [])
-    found = finetune._loss(run, (X, Y), teacher.eval(), first=True).detach()
+    found = finetune._loss(run, (X, Y), X.device, teacher.eval(), first=True).detach()
     p, q = (m(X).detach().double() / 4 for m in (teacher, model))
     kl = (p.softmax(1) * (p.log_softmax(1) - q.log_softmax(1))).sum(1).mean()
     hard = nn.functional.cross_entropy(model(X).detach().double(), Y)

@@ -10,13 +10,13 @@ import torch.distributed as dist
 from torch import nn
 
 import secateur
-from secateur.training import Pruner, masks, moment, pruner
+from secateur.training import Pruner, masks, moment, optimizers, pruner
 
 WITHOUT = {  # a mechanism, and what is there when it is taken away
     "product": lambda: setattr(Pruner, "_hold", lambda self: None),
-    "whole": lambda: [setattr(room, "whole", _local) for room in (masks, pruner, moment)],
-    "placed": lambda: [setattr(room, "placed", lambda values, like: values) for room in (masks, pruner)],
-    "comparison": lambda: setattr(pruner, "_check_ranks", lambda masks: None),
+    "whole": lambda: [setattr(room, "whole", _local) for room in (masks, pruner, moment, optimizers)],
+    "placed": lambda: [setattr(room, "placed", lambda values, like: values) for room in (masks, pruner, optimizers)],
+    "comparison": lambda: setattr(pruner, "check_ranks", lambda masks: None),
 }
 
 

@@ -69,5 +69,5 @@ def test_a_checkpoint_without_masks_is_one_clear_error(tmp_path):
     whole.train()
     (tmp_path / "checkpoint-8" / MASKS).unlink()
     resumed, _ = trainer(tmp_path)
-    with pytest.raises(SecateurError, match="holds no masks of a training run"):
+    with pytest.raises(SecateurError, match=r"checkpoint-8.* is not there. Say where its checkpoint is"):
         resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))

@@ -49,7 +49,7 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> float:
 def test_masks_hold_at_every_step_and_the_target_is_met(method, optimizer, granularity):
     model = net()
     steps = OPTIMIZERS[optimizer](model.parameters())
-    pruner = Pruner(model, recipe(granularity), steps, 40, method=method, every=5)
+    pruner = Pruner(model, recipe(granularity), steps, 40, method=method, every=3)
     losses = []
     for _ in range(40):
         losses.append(step(model, steps))
@@ -151,9 +151,12 @@ def test_grown_weights_have_the_second_moment_of_their_layer():
 
 
 def test_movement_is_what_the_weight_and_its_gradient_say():
-    """S = - sum of rate w dL/dw', with the weight that a masked one had; and what comes back has that weight."""
+    """S = - sum of rate w dL/dw', with the weight that a masked one had; and what comes back has that weight. The rate is
+    that of the weight's group.
+    """
     model = net()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    rest = [p for name, p in model.named_parameters() if name not in ("0.weight", "2.weight")]
+    optimizer = torch.optim.SGD([{"params": rest, "lr": 0.0}, {"params": [model[0].weight, model[2].weight]}], lr=0.1)
     pruner = Pruner(model, recipe(), optimizer, 60, method="movement", every=5, end=1.0)
     score = {name: torch.zeros_like(model.get_parameter(name)) for name in ("0.weight", "2.weight")}
     dense = {name: model.get_parameter(name).detach().clone() for name in score}
@@ -165,9 +168,9 @@ def test_movement_is_what_the_weight_and_its_gradient_say():
         loss.backward()
         for name in score:
             parameter = model.get_parameter(name)
+            score[name] -= 0.1 * dense[name] * parameter.grad
             stepped = parameter.detach() - 0.1 * parameter.grad
             dense[name] = torch.where(keep[name], stepped, dense[name])
-            score[name] -= 0.1 * dense[name] * parameter.grad
         optimizer.step()
         if number % 5 == 0:
             for name, values in score.items():

@@ -75,7 +75,7 @@ def test_without_looking_for_skipped_steps_they_count(monkeypatch):
     model = net()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     held = Pruner(model, RECIPE, optimizer, 10)
-    monkeypatch.setattr(pruner, "_skipped", lambda optimizer: False)
+    monkeypatch.setattr(pruner, "skipped", lambda optimizer: False)
     optimizer.found_inf = torch.tensor(1.0)
     step(model, optimizer)
     assert held.step == 1  # test_a_step_that_a_fused_optimizer_skips_does_not_count says 0
@@ -141,7 +141,7 @@ def test_without_fresh_momentum_what_grows_moves_by_what_it_was(monkeypatch):
     moved = []
     for fresh in (True, False):
         if not fresh:
-            monkeypatch.setattr(pruner, "_fresh", lambda *args: None)
+            monkeypatch.setattr(pruner, "fresh_", lambda *args: None)
         model = net()
         optimizer = sgd(model)
         held = Pruner(model, RECIPE, optimizer, 40, method="set", every=5)

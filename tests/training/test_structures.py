@@ -58,7 +58,7 @@ def test_what_was_held_is_removed_without_a_difference(request_, method):
     model = residual()
     structures = Structures(model, X[:2], **request_, multiple=4)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3)
-    pruner = Pruner(model, structures, optimizer, 40, method=method, every=4)
+    pruner = Pruner(model, structures, optimizer, 40, method=method, every=3)
     shares = []
 
     def seen() -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import nn
 
 from secateur.data import call
+from secateur.errors import SecateurError
 
 NORMS = nn.modules.batchnorm._BatchNorm
 
@@ -18,12 +20,18 @@ def reestimate_(model: nn.Module, batches: Iterable[Any]) -> int:
 
     batches: mappings of forward arguments, tensors, or (input, label) pairs. Everything else runs in eval mode, so that
     dropout does not show in the statistics. Returns how many norms there are; where there are none, nothing runs.
+
+    Raises SecateurError when there are no batches; the statistics are then what they were.
     """
     norms = [module for module in model.modules() if isinstance(module, NORMS) and module.track_running_stats]
     if not norms:
         return 0
     modes = [(module, module.training) for module in model.modules()]
     momenta = [norm.momentum for norm in norms]
+    batches = iter(batches)
+    first = next(batches, None)
+    if first is None:
+        raise SecateurError("there are no batches to estimate batch norms on: an iterator that was used up already?")
     model.eval()
     try:
         for norm in norms:
@@ -31,7 +39,7 @@ def reestimate_(model: nn.Module, batches: Iterable[Any]) -> int:
             norm.momentum = None  # the mean over all batches
             norm.train()
         with torch.no_grad():
-            for batch in batches:
+            for batch in chain([first], batches):
                 call(model, batch)
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):

@@ -36,6 +36,13 @@ class Batches(Protocol):
     def epoch(self, number: int) -> Iterable[Any]: ...
 
 
+class Loader(Protocol):
+    """Steps of an epoch, and (inputs, labels) anew each time, such as torch's DataLoader."""
+
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[Any]: ...
+
+
 class Held(Protocol):
     """What holds masks during training: a `secateur.training.Pruner`."""
 
@@ -105,7 +112,7 @@ class _Run:
 
 def finetune_(
     model: nn.Module,
-    batches: Batches,
+    batches: Batches | Loader,
     settings: Settings | None = None,
     *,
     prune: Prune | None = None,
@@ -118,7 +125,7 @@ def finetune_(
 ) -> list[Epoch]:
     """Train a classifier in place; returns what every epoch came to.
 
-    batches: (inputs, labels [n]) or mappings with `labels`. prune: makes what holds masks, such as
+    batches: (inputs, labels [n]) or mappings with `labels`; a DataLoader does. prune: makes what holds masks, such as
     lambda model, optimizer, steps: Pruner(model, recipe, optimizer, steps). teacher: the dense model, asked where
     settings.distil is above 0; the loss is (1 - distil) CE + distil T^2 KL(teacher || model) (Hinton et al. 2015,
     arXiv:1503.02531). evaluate: after each epoch, in eval mode. folder: gets log.jsonl, and after each epoch a checkpoint
@@ -144,7 +151,8 @@ def finetune_(
     elif where is not None:
         with disk(where):
             where.mkdir(parents=True, exist_ok=True)
-            (where / LOG).unlink(missing_ok=True)
+            for name in (LOG, CHECKPOINT):  # of another run, that this one must not go on from
+                (where / name).unlink(missing_ok=True)
     try:
         for number in range(len(run.history), settings.epochs):
             run.history.append(_epoch(run, batches, number, teacher, evaluate, progress))
@@ -160,7 +168,7 @@ def finetune_(
 
 def _epoch(
     run: _Run,
-    batches: Batches,
+    batches: Batches | Loader,
     number: int,
     teacher: nn.Module | None,
     evaluate: Evaluate | None,
@@ -169,20 +177,27 @@ def _epoch(
     started, settings = time.perf_counter(), run.settings
     run.model.train()
     total, done, lr = torch.zeros(()), number * run.steps, settings.lr
-    for step, batch in enumerate(batches.epoch(number)):
+    device = next(run.model.parameters()).device
+    given: Iterable[Any] = batches.epoch(number) if hasattr(batches, "epoch") else batches  # type: ignore[union-attr]
+    for step, batch in enumerate(given):
         lr = rate(settings, (done + step) / (settings.epochs * run.steps))
         for group in run.optimizer.param_groups:
             group["lr"] = lr
-        loss = _loss(run, batch, teacher, first=number == 0 and step == 0)
+        loss = _loss(run, batch, device, teacher, first=number == 0 and step == 0)
         run.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        run.optimizer.step()
+        try:
+            run.optimizer.step()
+        except SecateurError:  # masks are chosen there, which takes finite weights
+            if all(bool(torch.isfinite(p).all()) for p in run.model.parameters()):
+                raise
+            _check_finite(torch.tensor(torch.nan), run, number, step)
         total = total.to(loss.device) + loss.detach()
         if step % 16 == 0 or step == run.steps - 1:
             _check_finite(total, run, number, step)
             if progress is not None:
                 progress("train", done + step, settings.epochs * run.steps, f"epoch {number + 1}")
-    measures = {} if evaluate is None else dict(evaluate(run.model.eval()))
+    measures = {} if evaluate is None else {key: float(value) for key, value in evaluate(run.model.eval()).items()}
     sparsity = getattr(getattr(run.held, "masks", None), "sparsity", None)
     return Epoch(number, float(total) / max(run.steps, 1), lr, time.perf_counter() - started, sparsity, measures)
 
@@ -211,8 +226,8 @@ def optimizer_of(model: nn.Module, settings: Settings) -> Optimizer:
     return torch.optim.AdamW(groups, lr=settings.lr)
 
 
-def _loss(run: _Run, batch: Any, teacher: nn.Module | None, first: bool) -> Tensor:
-    inputs, labels = _apart(batch)
+def _loss(run: _Run, batch: Any, device: torch.device, teacher: nn.Module | None, first: bool) -> Tensor:
+    inputs, labels = _apart(batch, device)
     settings = run.settings
     with torch.autocast(labels.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
         logits = answer(call(run.model, inputs)).float()
@@ -223,16 +238,25 @@ def _loss(run: _Run, batch: Any, teacher: nn.Module | None, first: bool) -> Tens
             return loss
         with torch.no_grad():
             wanted = answer(call(teacher, inputs)).float()
+        if first and wanted.shape != logits.shape:
+            raise SecateurError(
+                f"the teacher answers {list(wanted.shape)}, the model {list(logits.shape)}: they have other classes"
+            )
     t = settings.temperature
     apart = F.kl_div(F.log_softmax(logits / t, 1), F.log_softmax(wanted / t, 1), reduction="batchmean", log_target=True)
     return (1 - settings.distil) * loss + settings.distil * t * t * apart
 
 
-def _apart(batch: Any) -> tuple[Any, Tensor]:
+def _apart(batch: Any, device: torch.device) -> tuple[Any, Tensor]:
     """What the model is given, and the labels."""
-    if isinstance(batch, Mapping):
-        return {key: value for key, value in batch.items() if key != "labels"}, batch["labels"]
-    return batch[0], batch[1]
+    if isinstance(batch, Mapping) and "labels" in batch:
+        moved = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+        labels = moved.pop("labels")
+        return moved, labels
+    if isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[0], Tensor):
+        return batch[0].to(device), batch[1].to(device)
+    has = f"a mapping of {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
+    raise SecateurError(f"a batch is {has}; expected (inputs, labels), or a mapping with labels")
 
 
 def _check_finite(total: Tensor, run: _Run, number: int, step: int) -> None:
@@ -291,10 +315,12 @@ def _save(run: _Run, path: Path) -> None:
     told: dict[str, Any] = {"history": [asdict(epoch) for epoch in run.history]}
     told |= {"settings": run.settings.model_dump(), "steps": run.steps}
     if run.held is not None:
-        held = run.held.state_dict()
-        for part in ("masks", "memory"):
-            tensors |= {f"held/{part}/{name}": value for name, value in held.pop(part).items()}
-        told["held"] = held
+        told["held"] = {}
+        for part, held in run.held.state_dict().items():
+            if isinstance(held, Mapping) and held and all(isinstance(value, Tensor) for value in held.values()):
+                tensors |= {f"held/{part}/{name}": value for name, value in held.items()}
+            else:
+                told["held"][part] = held
     write_state(path, tensors, told)
 
 
@@ -310,6 +336,9 @@ def _load(run: _Run, path: Path) -> None:
     if changed or told["steps"] != run.steps:
         what = ", ".join(changed) or "the number of steps"
         raise SecateurError(f"{path} was made with other settings ({what}): go on with the same, or begin anew")
+    if (run.held is None) != ("held" not in told):
+        there, here = ("no masks", "masks") if run.held is not None else ("masks", "none")
+        raise SecateurError(f"{path} was made with {there}, and here are {here}: go on with the same, or begin anew")
     weights = under(tensors, "model/")
     own = run.model.state_dict()
     other = [n for n in {*own, *weights} if n not in own or n not in weights or own[n].shape != weights[n].shape]
@@ -322,7 +351,8 @@ def _load(run: _Run, path: Path) -> None:
         state.setdefault(int(number), {})[key] = value
     run.optimizer.load_state_dict(run.optimizer.state_dict() | {"state": state})
     if run.held is not None:
-        parts = {part: under(tensors, f"held/{part}/") for part in ("masks", "memory")}
+        held = under(tensors, "held/")
+        parts = {part: under(held, f"{part}/") for part in {name.partition("/")[0] for name in held}}
         run.held.load_state_dict(told["held"] | parts)
     random = under(tensors, "random/")
     torch.set_rng_state(random.pop("cpu"))

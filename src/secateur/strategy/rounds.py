@@ -31,6 +31,7 @@ from secateur.strategy.propose import Case, examine
 from secateur.strategy.request import Strategy
 from secateur.stream.checkpoint import DTYPES
 from secateur.training.masks import Masks, named
+from secateur.training.moment import deviations
 from secateur.training.pruner import Pruner
 from secateur.training.rewind import cut, progresses
 
@@ -186,7 +187,7 @@ def _round(work: _Work, key: dict[str, Any], place: float) -> Trial:
     masks = Masks({})
     before: dict[str, Any] = {}
     if place > 0:
-        masks = cut(model, wanted.recipe, _there(model, case), place)
+        masks = cut(model, wanted.recipe, _there(model, case), place, deviations(work.reference, case.plan))
         if wanted.rounds.rewind == "weights":
             model.load_state_dict(work.reference.state_dict())
         masks.apply_(model)

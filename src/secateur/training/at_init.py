@@ -4,14 +4,17 @@ batch: Pruner(model, method("taylor", allocation="global", sparsity=0.9), .., me
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
+from secateur.errors import SecateurError
 from secateur.plan import make_plan
+from secateur.probe import answer
 from secateur.recipe import Recipe
-from secateur.structure.running import evaluating
 from secateur.training.masks import Masks
-from secateur.training.moment import Moment, by_parameter, live
+from secateur.training.moment import Moment, by_parameter, deviations, live
 from secateur.training.schedules import iterative
 
 ROUNDS = 100
@@ -21,30 +24,29 @@ def synflow(model: nn.Module, recipe: Recipe, example: Tensor, rounds: int = ROU
     """Masks that let as much flow through as can be, without data: |w dR/dw| with R the sum of the outputs of ones, all
     weights being their absolute values; in many rounds, since each changes the flow. Tanaka et al. 2020, arXiv:2006.05467,
     algorithm 1. example: a batch that says the shape of the inputs. The recipe's criterion is not asked; its allocation is
-    "global" in the paper.
+    "global" in the paper. All of it happens on a copy. Raises SecateurError for token ids, and without a sparsity.
     """
-    plan = make_plan(model, recipe)
-    before = {name: value.detach().clone() for name, value in model.state_dict().items()}
-    dtype = next(model.parameters()).dtype
+    if not example.is_floating_point():
+        raise SecateurError("synflow sends ones through the model: give an example of real numbers, not of token ids")
+    if recipe.sparsity is None:
+        raise SecateurError("synflow removes a share of the weights: give a sparsity, not a threshold or a pattern")
+    linear = copy.deepcopy(model).double().eval()
+    plan = make_plan(linear, recipe)
     ones = torch.ones(1, *example.shape[1:], dtype=torch.float64, device=example.device)
-    masks = Masks({})
-    try:
-        model.double()
-        with evaluating(model):
-            for number in range(1, rounds + 1):
-                with torch.no_grad():
-                    for name, value in model.state_dict().items():
-                        value.copy_(before[name].abs() if value.is_floating_point() else before[name])
-                masks.apply_(model)
-                model.zero_grad()
-                with torch.enable_grad():
-                    model(ones).sum().backward()
-                layers = live(model, plan, masks, {})
-                scores = {x.name: x.weight if x.gradient is None else (x.weight * x.gradient).abs() for x in layers}
-                keeps = Moment(plan, layers, iterative, number / rounds, number).choose(scores)
-                masks = Masks(by_parameter(model, layers, keeps))
-    finally:
-        model.to(dtype)
-        model.load_state_dict(before)
-        model.zero_grad()
+    with torch.no_grad():
+        for value in linear.state_dict().values():
+            if value.is_floating_point():
+                value.abs_()
+    for parameter in linear.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    masks, deviation = Masks({}), deviations(linear, plan)
+    for number in range(1, rounds + 1):
+        masks.apply_(linear)
+        linear.zero_grad()
+        with torch.enable_grad():
+            answer(linear(ones)).sum().backward()
+        layers = live(linear, plan, masks, deviation)
+        scores = {x.name: x.weight if x.gradient is None else (x.weight * x.gradient).abs() for x in layers}
+        keeps = Moment(plan, layers, iterative, number / rounds, number).choose(scores)
+        masks = Masks(by_parameter(linear, layers, keeps))
     return masks

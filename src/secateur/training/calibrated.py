@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from secateur.plan import Plan
 from secateur.prune import prune_
 from secateur.recipe import Override, Recipe, Threshold
+from secateur.training.masks import plain
 from secateur.training.moment import Keeps
 from secateur.training.schedules import Schedule
 from secateur.weights.gradients import Loss
+from secateur.weights.layers import Layer
 
 TINY = 1e-12  # a threshold is above 0
 
@@ -21,11 +23,16 @@ TINY = 1e-12  # a threshold is above 0
 def chooser(model: nn.Module, plan: Plan, data: Iterable[Any], loss: Loss | None) -> Callable[[Schedule, float], Keeps]:
     """What chooses by the plan's recipe, as far as a schedule has come."""
     batches = list(data)
+    own = {setting.layer.name: setting.layer for setting in plan.settings}
 
     def choose(schedule: Schedule, progress: float) -> Keeps:
         found: dict[str, Tensor] = {}
-        recipe = at(plan.recipe, schedule, progress)
-        prune_(copy.deepcopy(model), recipe, batches, loss=loss, chosen=found.__setitem__)
+
+        def chosen(layer: Layer, keep: Tensor) -> None:
+            known = own[plain(layer.name)]  # raw matrices are turned as the data show that they are used
+            found[known.name] = keep if layer.transposed == known.transposed else keep.t()
+
+        prune_(copy.deepcopy(model), at(plan.recipe, schedule, progress), batches, loss=loss, chosen=chosen)
         return found
 
     return choose

@@ -67,4 +67,13 @@ def _masked(linear: type) -> type:
                 result = result + F.linear(given, delta, bias).to(result.dtype)
             return result
 
+    MaskedLinear.__qualname__ = "MaskedLinear"  # where `__getattr__` has it, for pickles
     return MaskedLinear
+
+
+def __getattr__(name: str) -> type:
+    if name != "MaskedLinear":
+        raise AttributeError(name)
+    from peft.tuners.lora.layer import Linear
+
+    return _masked(Linear)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from secateur.training.moment import Keeps, Live, Moment
+from secateur.training.moment import Keeps, Live, Moment, wide
 from secateur.weights.granularity import count, lowest
 
 REPLACED = 0.3  # share of the weights that are there of which SET and RigL make others, at first
@@ -26,13 +26,12 @@ def gradual(moment: Moment) -> Keeps:
 
 def static(moment: Moment) -> Keeps:
     """Chosen once, or given, then left alone: the baseline of sparse training."""
-    chosen = moment.number > 0 or not all(bool(layer.keep.all()) for layer in moment.layers)
-    return {layer.name: layer.keep for layer in moment.layers} if chosen else moment.by_recipe()
+    return {layer.name: layer.keep for layer in moment.layers} if moment.begun else moment.by_recipe()
 
 
 def set_(moment: Moment) -> Keeps:
     """The smallest weights go, random ones come in their place. Mocanu et al. 2018, arXiv:1707.04780, algorithm 1."""
-    if moment.number == 0:
+    if not moment.begun:
         return moment.by_recipe()
     noise = {
         layer.name: torch.rand(layer.weight.shape, generator=moment.generator(layer)).to(layer.weight.device)
@@ -45,7 +44,7 @@ def rigl(moment: Moment) -> Keeps:
     """The smallest weights go, and those with the largest gradients come; ever fewer of them, along a cosine. Evci et al.
     2020, arXiv:1911.11134, algorithm 1 and eq. 1.
     """
-    if moment.number == 0:
+    if not moment.begun:
         return moment.by_recipe()
     share = REPLACED / 2 * (1 + math.cos(math.pi * moment.progress))
     return {
@@ -77,32 +76,30 @@ def _replaced(layer: Live, share: float, growth: Tensor, again: bool) -> Tensor:
 
 def movement(moment: Moment) -> Keeps:
     """Weights that move towards zero go, however large they are. Sanh et al. 2020, arXiv:2005.07683, eq. 2 and 4."""
-    return moment.choose({layer.name: _moved(layer) for layer in moment.layers})
+    if not any(bool(layer.memory["score"].any()) for layer in moment.layers):
+        return moment.choose({layer.name: wide(layer.weight).abs() for layer in moment.layers})
+    low = min(float(layer.memory["score"].min()) for layer in moment.layers)  # allocations want scores of 0 or more
+    return moment.choose({layer.name: layer.memory["score"] - low for layer in moment.layers})
 
 
-def _moved(layer: Live) -> Tensor:
-    score = layer.memory.get("score")
-    return layer.weight.abs() if score is None else score - score.min()  # allocations want scores of 0 or more
-
-
-def watch_movement(layers: Sequence[Live], rate: float) -> None:
-    """S <- S - rate w dL/dw', where a weight that is masked has the value that it had when it went: eq. 4."""
+def watch_movement(layers: Sequence[Live]) -> None:
+    """S <- S - rate w dL/dw' with w as it was before the step, and where it is masked as it was when it went: eq. 4."""
     for layer in layers:
-        if layer.gradient is None:
-            continue
-        weight = layer.memory.setdefault("weight", layer.weight.clone())
-        weight.copy_(torch.where(layer.keep, layer.weight, weight))
+        now = wide(layer.weight)
+        weight = layer.memory.setdefault("weight", now.clone())
         score = layer.memory.setdefault("score", torch.zeros_like(weight))
-        score.sub_(rate * weight * layer.gradient)
+        if layer.gradient is not None:
+            score.sub_(layer.rate * weight * wide(layer.gradient))
+        weight.copy_(torch.where(layer.keep, now, weight))
 
 
 class Method(NamedTuple):
-    """How masks are chosen; the schedule that it goes with; what it sees of every step (layers, learning rate)."""
+    """How masks are chosen; the schedule that it goes with; what it sees of the beginning, and of every step."""
 
     choose: Callable[[Moment], Keeps]
     schedule: str
     about: str
-    watch: Callable[[Sequence[Live], float], None] | None = None
+    watch: Callable[[Sequence[Live]], None] | None = None
 
 
 METHODS: dict[str, Method] = {

@@ -5,29 +5,38 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from secateur.errors import SecateurError
-from secateur.plan import Setting, make_plan
-from secateur.recipe import Recipe, Training, nearest
+from secateur.plan import Plan, Setting, make_plan
+from secateur.recipe import Recipe, Training
 from secateur.state import read_state, under, write_state
 from secateur.training.calibrated import chooser
-from secateur.training.masks import Masks, named, placed, whole
-from secateur.training.methods import METHODS, Method, gradual
-from secateur.training.moment import Keeps, Live, Moment, by_parameter, live
+from secateur.training.checks import (
+    check_model,
+    check_ranks,
+    check_recipe,
+    check_steps,
+    check_structures,
+    check_turns,
+    check_words,
+)
+from secateur.training.masks import Masks, named, placed, plain, whole
+from secateur.training.methods import METHODS
+from secateur.training.moment import Keeps, Live, Moment, by_parameter, deviations, live, wide
+from secateur.training.optimizers import fresh_, parameters, rates, skipped
 from secateur.training.schedules import SCHEDULES
 from secateur.training.structures import Structures
 from secateur.weights.gradients import Loss
 
 REFRESHES = 50  # times that masks are chosen, unless `every` says otherwise
-CALIBRATED = frozenset({"squares", "gram", "curvature"})  # statistics that no training step has
+PARTS = ("masks", "given", "memory")  # of the state, that are tensors
 
 
 @dataclass(frozen=True)
@@ -59,10 +68,14 @@ class Pruner:
     any of torch's kind; accelerate's is looked into. total_steps: of the optimizer. method: see METHODS. schedule: see
     SCHEDULES; by default the method's. start, end: shares of the steps between which masks change; every: steps from one
     choice to the next. What is not given here is what the recipe says under `training`, or else gradual, from 0 to 0.75.
-    masks: to begin with, such as those of a pruned checkpoint (`Masks.of_zeros`). data, loss: calibration batches, and
+    masks: to begin with, such as those of a pruned checkpoint (`Masks.of_zeros`): set and rigl go on from them, static
+    holds them, and under the other methods what they have removed never comes back. data, loss: calibration batches, and
     loss(model, batch), for criteria that read what no training step has (wanda, ria, obs, obd), and for taylor and fisher
     instead of the gradient of the last step. resume: a file that `save` wrote, for a model whose weights were loaded
     already: masks chosen at step 0 would take from them.
+
+    A pruner holds until `detach`, or until another one is made for the same parameters. Where several optimizers have a
+    part of the parameters each, a step is one of the optimizer that was given.
 
     Raises SecateurError where that makes no sense.
     """
@@ -86,49 +99,60 @@ class Pruner:
     ) -> None:
         structures = recipe if isinstance(recipe, Structures) else None
         said = (None if isinstance(recipe, Structures) else recipe.training) or Training.model_validate({})
-        method, schedule, every = method or said.method, schedule or said.schedule, every or said.every
+        method, schedule, every = (
+            method or said.method,
+            schedule or said.schedule,
+            said.every if every is None else every,
+        )
         start, end = said.start if start is None else start, said.end if end is None else end
-        if method not in METHODS:
-            raise SecateurError(
-                f"unknown training method {method!r}{nearest(method, METHODS)}; known: {', '.join(METHODS)}"
-            )
+        check_words(method, schedule)
+        check_steps(total_steps, start, end, every)
+        check_model(model, masks)
         self._method = METHODS[method]
         schedule = schedule or self._method.schedule
-        if schedule not in SCHEDULES:
-            raise SecateurError(
-                f"unknown schedule {schedule!r}{nearest(schedule, SCHEDULES)}; known: {', '.join(SCHEDULES)}"
-            )
-        _check_steps(total_steps, start, end, every)
         self.model, self.recipe, self.total_steps = model, recipe, total_steps
         self._schedule = SCHEDULES[schedule]
         self._structures = structures
-        self._plan = None if isinstance(recipe, Structures) else make_plan(_inner(model), recipe)
+        self._plan = None if isinstance(recipe, Structures) else _planned(model, recipe)
         needs = frozenset() if self._plan is None else self._plan.needs
         self._calibrated = None
         if self._plan is None:
-            _check_structures(method, self._method)
+            check_structures(method, self._method)
         else:
-            _check_recipe(self._plan.recipe, needs, data)
+            check_recipe(self._plan, method, model, data)
             if data is not None and (needs or self._plan.recipe.allocation == "owl"):
                 self._calibrated = chooser(_inner(model), self._plan, data, loss)
         self._first, self._last = round(start * total_steps), max(round(end * total_steps), round(start * total_steps))
         if needs & {"gradient", "fisher"} and self._calibrated is None:
             self._first, self._last = max(self._first, 1), max(self._last, 1)  # there is no gradient before
         self._every = every or max(1, (self._last - self._first) // REFRESHES)
+        check_turns(schedule, self._last - self._first, self._every)
+        self._way = {"method": method, "schedule": schedule, "total_steps": total_steps, "every": self._every}
+        self._way |= {"first": self._first, "last": self._last}
         self.masks = masks or Masks({})
+        self._given = self.masks
         self._memory: dict[str, dict[str, Tensor]] = {s.layer.name: {} for s in self._settings}
+        self._deviations = {} if self._plan is None else deviations(model, self._plan)
         self.step = 0
         self._chosen = 0
         self._refreshes: list[Refresh] = []
         self._seconds = {"hold": 0.0, "choose": 0.0}
-        self._optimizers: list[weakref.ref[Optimizer]] = []
-        self._others: list[Any] = []
+        self._optimizers: list[tuple[weakref.ref[Optimizer], Any]] = []  # with the handle of our hook
+        self._lead: weakref.ref[Optimizer] | None = None
+        self._others: list[nn.Module] = []
+        self._check_reachable()
         self.attach(optimizer)
+        for other in list(_ACTIVE):
+            if self._wanted() & other._wanted():
+                other.detach()
+        _ACTIVE.add(self)
         self._watch_others()
+        if self._method.watch is not None:
+            self._method.watch([replace(layer, gradient=None) for layer in self._live()])
         if resume is not None:
             self.load(resume)
         elif self._due():
-            self._choose(None)
+            self._choose()
         self._hold()
 
     # Hooks
@@ -141,8 +165,19 @@ class Pruner:
                 f"the {type(optimizer).__name__} updates none of the parameters that are to be pruned: make it of "
                 "model.parameters(), after the model was wrapped and moved"
             )
-        optimizer.register_step_post_hook(self._after_step)
-        self._optimizers.append(weakref.ref(optimizer))
+        handle = optimizer.register_step_post_hook(self._after_step)
+        self._optimizers.append((weakref.ref(optimizer), handle))
+        lead = None if self._lead is None else self._lead()
+        if lead is None or parameters(lead) & parameters(optimizer):  # the first, or one in its place
+            self._lead = weakref.ref(optimizer)
+
+    def detach(self) -> None:
+        """Hold nothing any more, and hook no optimizer. What was reached can still be asked for."""
+        for _, handle in self._optimizers:
+            handle.remove()
+        self._optimizers.clear()
+        self._unwatch()
+        _ACTIVE.discard(self)
 
     def also(self, model: nn.Module) -> None:
         """Hold the masks in another model of the same names, too: a moving average of the weights."""
@@ -159,32 +194,39 @@ class Pruner:
                 pruner.attach(optimizer)
                 pruner._after_step(optimizer, args, kwargs)
 
-        weakref.finalize(self, register_optimizer_step_post_hook(stepped).remove)
+        self._unwatch = weakref.finalize(self, register_optimizer_step_post_hook(stepped).remove)
 
     def _is_new(self, optimizer: Optimizer) -> bool:
-        return all(known() is not optimizer for known in self._optimizers)
+        return all(known() is not optimizer for known, _ in self._optimizers)
 
     @property
     def _settings(self) -> Sequence[Setting]:
         return () if self._plan is None else self._plan.settings
 
     def _has_ours(self, optimizer: Optimizer) -> bool:
+        return bool(self._wanted() & parameters(optimizer))
+
+    def _wanted(self) -> set[int]:
+        """The ids of what is pruned."""
         wanted = {s.layer.parameter for s in self._settings}
         if self._structures is not None:
             wanted = self._structures.parameters
-        ours = {id(parameter) for name, parameter in named(self.model) if name in wanted}
-        return any(id(p) in ours for group in optimizer.param_groups for p in group["params"])
+        return {id(parameter) for name, parameter in named(self.model) if name in wanted}
+
+    def _alive(self) -> list[Optimizer]:
+        return [optimizer for known, _ in self._optimizers if (optimizer := known()) is not None]
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if _skipped(optimizer):
+        if skipped(optimizer):
             return
         started = time.perf_counter()
-        self.step += 1
-        if self._method.watch is not None:
-            self._method.watch(self._live(), float(optimizer.param_groups[0]["lr"]))
-        if self._due():
+        leads = self._lead is not None and self._lead() is optimizer
+        self.step += leads
+        if leads and self._method.watch is not None:
+            self._method.watch(self._live(rates(self.model, self._alive())))
+        if leads and self._due():
             self._hold()  # what is masked took part in the step, and must not be taken for what is there
-            self._choose(optimizer)
+            self._choose()
             self._seconds["choose"] += time.perf_counter() - started
             started = time.perf_counter()
         self._hold()
@@ -201,7 +243,7 @@ class Pruner:
         within = self._first <= self.step <= self._last
         return within and ((self.step - self._first) % self._every == 0 or self.step == self._last)
 
-    def _choose(self, optimizer: Optimizer | None) -> None:
+    def _choose(self) -> None:
         length = max(self._last - self._first, 1)
         progress = 1.0 if self._last == self._first else (self.step - self._first) / length
         if self._structures is not None:
@@ -211,11 +253,9 @@ class Pruner:
             changed = sum(int(mask.sum()) for mask in (*grown.values(), *gone.values()))
         else:
             keep, grown, changed = self._by_method(progress)
-        with torch.no_grad():
-            self.masks = Masks(self.masks.keep | keep)
-            if optimizer is not None:
-                _fresh(self.model, optimizer, grown)
-        _check_ranks(self.masks)
+        self.masks = Masks(self.masks.keep | keep)
+        fresh_(self.model, self._alive(), grown)
+        check_ranks(self.masks)
         self._chosen += 1
         self._refreshes.append(Refresh(self.step, self.masks.sparsity, changed))
 
@@ -242,8 +282,18 @@ class Pruner:
                 layer.setting.layer.write_(full, new)
                 parameter.copy_(placed(full, parameter))
 
-    def _live(self) -> list[Live]:
-        return [] if self._plan is None else live(self.model, self._plan, self.masks, self._memory)
+    def _live(self, rates: Mapping[str, float] | None = None) -> list[Live]:
+        if self._plan is None:
+            return []
+        more = {"given": self._given if self._given.keep else None, "memory": self._memory, "rates": rates}
+        return live(self.model, self._plan, self.masks, self._deviations, **more)
+
+    def _check_reachable(self) -> None:
+        """Raises SecateurError when the allocation refuses what the schedule ends at."""
+        if self._plan is not None and self._calibrated is None:
+            layers = self._live()
+            ending = Moment(self._plan, layers, self._schedule, 1.0, 0)
+            ending.sparsities({layer.name: wide(layer.weight).abs() for layer in layers})
 
     # What was reached, and going on with it
 
@@ -268,8 +318,11 @@ class Pruner:
         return {
             "step": self.step,
             "chosen": self._chosen,
+            "way": self._way,
             "masks": self.masks.state_dict(),
+            "given": self._given.state_dict(),
             "memory": memory,
+            "deviations": self._deviations,
             "refreshes": refreshes,
             **({} if self._structures is None else {"units": self._structures.units}),
         }
@@ -277,18 +330,21 @@ class Pruner:
     def save(self, path: str | Path) -> None:
         """Write `state_dict` to a safetensors file, whole or not at all."""
         state, path = self.state_dict(), Path(path)
-        tensors = {f"masks/{name}": bits for name, bits in state.pop("masks").items()}
-        tensors |= {f"memory/{name}": value for name, value in state.pop("memory").items()}
+        tensors = {f"{part}/{name}": value for part in PARTS for name, value in state.pop(part).items()}
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_state(path, tensors, state)
 
     def load(self, path: str | Path) -> None:
         """Go on from a file that `save` wrote. Raises SecateurError when it is none, or another model's."""
         tensors, state = read_state(Path(path), "holds no masks of a training run")
-        self.load_state_dict(state | {part: under(tensors, f"{part}/") for part in ("masks", "memory")})
+        self.load_state_dict(state | {part: under(tensors, f"{part}/") for part in PARTS})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was taken. Raises SecateurError when it is another model's."""
+        """Go on where `state_dict` was taken. Raises SecateurError when it is another model's, or another training's."""
+        self._check_state(state)
         self.masks = Masks.from_state_dict(state["masks"], self.model)
+        self._given = Masks.from_state_dict(state["given"], self.model)
+        self._deviations = dict(state["deviations"])
         self.step, self._chosen = int(state["step"]), int(state["chosen"])
         self._refreshes = [Refresh(*values) for values in state["refreshes"]]
         if self._structures is not None:
@@ -301,72 +357,40 @@ class Pruner:
             self._memory[layer][what] = value.to(places[layer], copy=True)
         self._hold()
 
-
-def _skipped(optimizer: Optimizer) -> bool:
-    """Whether a scaler found an infinity: a fused optimizer is called all the same, and does nothing."""
-    found = getattr(optimizer, "found_inf", None)
-    return found is not None and bool(found)
+    def _check_state(self, state: Mapping[str, Any]) -> None:
+        """Raises SecateurError when this training cannot go on from it."""
+        keys = {"way", "deviations", "step", "chosen", "refreshes", *PARTS}
+        keys |= {"units"} if self._structures is not None else set()
+        if missing := keys - set(state):
+            raise SecateurError(f"the state holds no masks of such a training run: there is no {min(missing)!r} in it")
+        for name, value in self._way.items():
+            if state["way"].get(name) != value:
+                raise SecateurError(
+                    f"the masks are another training's: {name} was {state['way'].get(name)}, here it is {value}.\n"
+                    "  Make the pruner as it was made there; total_steps counts from the beginning."
+                )
+        if set(state["deviations"]) != set(self._deviations):
+            other = min(set(state["deviations"]) ^ set(self._deviations))
+            raise SecateurError(f"the masks are another recipe's: {other} is pruned in one of them alone")
 
 
 def _inner(model: nn.Module) -> nn.Module:
-    """The module inside of what torch.compile and DistributedDataParallel make."""
-    model = getattr(model, "_orig_mod", model)
-    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    """The module inside of what torch.compile, DistributedDataParallel and DataParallel make."""
+    around = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+    while (inside := getattr(model, "_orig_mod", model.module if isinstance(model, around) else model)) is not model:
+        model = inside
+    return model
 
 
-def _check_steps(total_steps: int, start: float, end: float, every: int | None) -> None:
-    if total_steps < 1:
-        raise SecateurError(f"total_steps is {total_steps}; expected how often the optimizer will step")
-    if not 0 <= start <= end <= 1:
-        raise SecateurError(f"start {start} and end {end}: expected shares of the steps, 0 <= start <= end <= 1")
-    if every is not None and every < 1:
-        raise SecateurError(f"every is {every}; expected 1 step or more")
+def _planned(model: nn.Module, recipe: Recipe) -> Plan:
+    """The plan, in the plain names that masks go by."""
+    made = make_plan(_inner(model), recipe)
+    settings = []
+    for setting in made.settings:
+        layer = setting.layer
+        layer = replace(layer, name=plain(layer.name), parameter=plain(layer.parameter))
+        settings.append(replace(setting, layer=layer))
+    return replace(made, settings=settings)
 
 
-def _check_structures(name: str, method: Method) -> None:
-    if method.choose is not gradual:
-        raise SecateurError(f"whole units go gradually or in turns (ac-dc); the method {name} is for single weights")
-
-
-def _check_recipe(recipe: Recipe, needs: frozenset[str], data: Any) -> None:
-    if recipe.update != "none":
-        raise SecateurError(
-            f"the update {recipe.update} changes the weights that stay, which training does here: use the update none, "
-            'such as secateur.method("magnitude", sparsity=0.9)'
-        )
-    if data is None and (needs & CALIBRATED or recipe.allocation == "owl"):
-        raise SecateurError(
-            f"the criterion {recipe.criterion} with the allocation {recipe.allocation} reads what no training step has: "
-            "give calibration batches (data=...), or use magnitude, taylor, fisher or random"
-        )
-
-
-def _check_ranks(masks: Masks) -> None:
-    """Raises SecateurError when the ranks of a process group have chosen different masks."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, masks.digest())
-    if len(set(found)) > 1:
-        raise SecateurError(
-            f"the ranks have chosen different masks ({', '.join(found)}): their weights or gradients differ.\n"
-            "  Wrap the model in DistributedDataParallel or fully_shard before the pruner is made, with one seed for all."
-        )
-
-
-def _fresh(model: nn.Module, optimizer: Optimizer, grown: Mapping[str, Tensor]) -> None:
-    """Weights that come have no momentum; their second moments are the layer's median, since with zero Adam's first step
-    would be several times its learning rate.
-    """
-    for name, parameter in named(model):
-        new = grown.get(name)
-        state = optimizer.state.get(parameter, {})
-        if new is None or not state or not bool(new.any()):
-            continue
-        there = placed(new, parameter)
-        for key in ("momentum_buffer", "exp_avg"):
-            if isinstance(state.get(key), Tensor):
-                state[key].mul_(~there)
-        for key in ("exp_avg_sq", "max_exp_avg_sq"):
-            if isinstance(state.get(key), Tensor):
-                state[key].mul_(~there).add_(there, alpha=float(whole(state[key]).median()))
+_ACTIVE: weakref.WeakSet[Pruner] = weakref.WeakSet()

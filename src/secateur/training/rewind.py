@@ -14,7 +14,7 @@ from secateur.plan import make_plan
 from secateur.recipe import Recipe, nearest
 from secateur.training.calibrated import at
 from secateur.training.masks import Masks
-from secateur.training.moment import Moment, by_parameter, live
+from secateur.training.moment import Moment, by_parameter, deviations, live
 from secateur.training.schedules import iterative, one_shot
 
 REWINDS = ("weights", "learning-rate")
@@ -56,10 +56,15 @@ def iterate_(
     check_rewind(rewind, keep, recipe)
     if rewind == "weights" and to is None:
         raise SecateurError("rewinding weights needs to know what to: give the state dict of an early step (to=...)")
+    own = model.state_dict()
+    other = [] if to is None else [n for n in {*own, *to} if n not in own or n not in to or own[n].shape != to[n].shape]
+    if other:
+        raise SecateurError(f"the state dict to rewind to is another model's: {sorted(other)[0]} differs")
+    before = deviations(model, make_plan(model, recipe))
     kept = None if to is None else {name: value.detach().clone() for name, value in to.items()}
     masks = Masks({})
     for number, progress in enumerate(progresses(recipe, keep), 1):
-        masks = cut(model, recipe, masks, progress)
+        masks = cut(model, recipe, masks, progress, before)
         if rewind == "weights" and kept is not None:
             model.load_state_dict(kept)
         masks.apply_(model)
@@ -81,10 +86,14 @@ def progresses(recipe: Recipe, keep: float) -> list[float]:
     return [*found, 1.0]
 
 
-def cut(model: nn.Module, recipe: Recipe, masks: Masks, progress: float) -> Masks:
-    """Masks by the recipe as far as a progress in 0..1 says; what was gone stays gone."""
+def cut(
+    model: nn.Module, recipe: Recipe, masks: Masks, progress: float, before: Mapping[str, float] | None = None
+) -> Masks:
+    """Masks by the recipe as far as a progress in 0..1 says; what was gone stays gone. before: `deviations` of the model
+    before anything was pruned; of the model as it is, if not given.
+    """
     plan = make_plan(model, at(recipe, iterative, progress))
-    layers = live(model, plan, masks, {})
+    layers = live(model, plan, masks, deviations(model, plan) if before is None else before)
     for layer in layers:
         layer.weight = layer.weight * layer.keep  # what is masked goes first
     with torch.no_grad():

@@ -47,6 +47,8 @@ def alternating(progress: float, final: float) -> float:
     return final if progress >= 1 or int(progress * 2 * PHASES) % 2 else 0.0
 
 
+TURNS = {"cyclic": 2 * CYCLES, "alternating": 2 * PHASES}  # that a schedule takes: masks are to be chosen in each
+
 SCHEDULES: dict[str, Schedule] = {
     "one-shot": one_shot,
     "linear": linear,

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 from secateur.errors import SecateurError
 from secateur.plan import make_plan
 from secateur.recipe import Recipe
-from secateur.training.masks import Masks
+from secateur.training.masks import Masks, plain
 
 START = -5.0  # of the parameter that a threshold is the sigmoid of: 0.0067
 
@@ -38,6 +38,8 @@ class LearnedThresholds:
     def __init__(
         self, model: nn.Module, recipe: Recipe, optimizer: torch.optim.Optimizer, start: float = START
     ) -> None:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            raise SecateurError("thresholds are parameters, too: make them before the model is wrapped")
         self._layers: list[tuple[str, nn.Module, str]] = []
         for setting in make_plan(model, recipe).settings:
             path, _, name = setting.layer.parameter.rpartition(".")
@@ -45,14 +47,17 @@ class LearnedThresholds:
                 raise SecateurError(
                     f"{setting.layer.name} is one of a stack; a threshold is learned for whole parameters"
                 )
-            self._layers.append((setting.layer.parameter, model.get_submodule(path), name))
-        added = []
-        for _, module, name in self._layers:
-            threshold = SoftThreshold(start, getattr(module, name))
+            self._layers.append((plain(setting.layer.parameter), model.get_submodule(path), name))
+        for parameter, module, name in self._layers:
+            weight = getattr(module, name)
+            group = next((g for g in optimizer.param_groups if any(p is weight for p in g["params"])), None)
+            if group is None:
+                raise SecateurError(f"the optimizer does not have {parameter}: make it of model.parameters()")
+            threshold = SoftThreshold(start, weight)
             parametrize.register_parametrization(module, name, threshold)
-            added.append(threshold.s)
-        settings = {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
-        optimizer.add_param_group({**settings, "params": added})
+            settings = {key: value for key, value in group.items() if key not in ("params", "param_names")}
+            named = (f"{parameter} threshold", threshold.s) if "param_names" in group else threshold.s
+            optimizer.add_param_group({**settings, "params": [named]})  # it learns and decays as its weight does
 
     @property
     def sparsity(self) -> float:
