@@ -389,6 +389,7 @@ def strategy(
     Scans every layer over thresholds and sparsities, compares ways to spread them, and writes a page with plots and a
     recipe that is run as it is: rounds of cutting, training and measuring that stop by themselves and keep the best.
     """
+    from secateur.pipeline import check_out
     from secateur.strategy.propose import examine, expect, first_request, propose
     from secateur.strategy.request import Source
 
@@ -410,9 +411,10 @@ def strategy(
         keep=keep,
         protect=protect or [],
     )
+    check_out(weights, out)
     case = examine(wanted, device)
     expected = expect(case, wanted, images)
-    output.show(display.before_strategy(expected))
+    output.show(display.before_strategy(expected, wanted.stop.drop))
     if dry_run:
         output.result({"dry_run": True, "expected": asdict(expected)}, f"{out}: about {expected.scan:.0f} s")
         return
@@ -582,6 +584,7 @@ def _prune(run: Run, device: str, resume: bool, dry_run: bool, output: Output, t
 
 
 def _rounds(values: dict[str, Any], where: str, device: str, resume: bool, dry_run: bool, output: Output) -> None:
+    from secateur.pipeline import check_out
     from secateur.strategy.propose import examine, expect
     from secateur.strategy.request import make_strategy
     from secateur.strategy.rounds import run_rounds
@@ -589,9 +592,10 @@ def _rounds(values: dict[str, Any], where: str, device: str, resume: bool, dry_r
     wanted = make_strategy(values, where)
     if wanted.out is None:
         raise SecateurError("say where to write the result: out: DIR in the recipe, a new folder")
+    check_out(wanted.weights, wanted.out)
     case = examine(wanted, device)
     expected = expect(case, wanted, 64)
-    output.show(display.before_rounds(expected))
+    output.show(display.before_rounds(expected, wanted.stop.drop))
     if dry_run:
         output.result({"dry_run": True, "expected": asdict(expected)}, f"about {expected.round:.0f} s a round")
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ from secateur.plan import Plan
 from secateur.prune import LayerReport, Report
 from secateur.recipe import ABOUT, METHODS, Recipe, to_yaml
 from secateur.smaller import Shrunk
+from secateur.strategy.pages import chance
 from secateur.strategy.propose import Expected as ExpectedScan
 from secateur.strategy.propose import Proposal
 from secateur.strategy.rounds import Outcome
@@ -454,20 +456,26 @@ def duration(seconds: float) -> str:
 # A strategy, and its rounds
 
 
-def before_strategy(expected: ExpectedScan) -> RenderableType:
-    """What is coming, before it begins."""
+def before_strategy(expected: ExpectedScan, tolerance: float) -> RenderableType:
+    """What is coming, before it begins. tolerance: of top-1, as a share."""
     return Text(
         f"{expected.cells:,} cuts to be tested, one layer at a time: about {_duration(expected.scan)} and "
-        f"{expected.memory / 1e9:.1f} GB. Each of {expected.rounds} rounds later: about {_duration(expected.round)}.\n"
+        f"{expected.memory / 1e9:.1f} GB. Each of {expected.rounds} rounds later: about {_duration(expected.round)}. "
+        f"They may lose {_tolerance(tolerance)}.\n"
     )
 
 
-def before_rounds(expected: ExpectedScan) -> RenderableType:
+def before_rounds(expected: ExpectedScan, tolerance: float) -> RenderableType:
     """Likewise."""
     return Text(
         f"The dense model and up to {expected.rounds} rounds of cutting, training and measuring, about "
-        f"{_duration(expected.round)} each; about {expected.memory / 1e9:.1f} GB.\n"
+        f"{_duration(expected.round)} each; about {expected.memory / 1e9:.1f} GB. They may lose {_tolerance(tolerance)}.\n"
     )
+
+
+def _tolerance(share: float) -> str:
+    much = ", which is much: 0.5% is half a point" if share > 0.1 else ""
+    return f"{100 * share:g} points of top-1{much}"
 
 
 def _duration(seconds: float) -> str:
@@ -495,10 +503,11 @@ def strategy(found: Proposal, out: Path) -> RenderableType:
     return Group(
         f"dense: top-1 {dense['top1']:.1%} ({dense['top1_low']:.1%} to {dense['top1_high']:.1%}) on "
         f"{dense['images']:,} images",
+        *([Text(warning, style="bold red")] if (warning := chance(dense)) else []),
         table,
         *([f"and {more} more layers"] if more > 0 else []),
         f"{len(found.rounds)} rounds to {found.wanted.sparsity:.0%}. Look at {out}/README.md, then: secateur run "
-        f"{out}/recipe.yaml",
+        f"{shlex.quote(str(out / 'recipe.yaml'))}",
     )
 
 
@@ -518,7 +527,7 @@ def rounds(found: Outcome, out: Path) -> RenderableType:
             f"{100 * m['drop']:+.2f} ± {100 * m['noise']:.2f}",
             f"{m['flips']:.1%}",
             f"{trial.costs['nnz']:,}",
-            "holds" if trial.holds else "no",
+            trial.verdict if trial.holds else "no",
         )
     kept = "The best (*) is" if found.kept is not None else "None held: the model as it was given is"
     where = f"{kept} {out}/model.safetensors; look at {out}/README.md."

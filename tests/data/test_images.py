@@ -10,6 +10,7 @@ import torch
 
 from secateur.data.images import Epochs, from_tensors, load_images, parts
 from secateur.errors import SecateurError
+from secateur.strategy.request import Source, read_sets
 
 Image = pytest.importorskip("PIL.Image", reason="pillow is not installed")
 
@@ -37,9 +38,9 @@ def test_a_folder_of_class_folders_gives_pixels_and_labels_in_the_order_of_names
 
 
 def test_pixels_are_scaled_by_the_mean_and_deviation_of_each_channel(tmp_path):
-    found = load_images(class_folders(tmp_path / "d"), mean=[0.1, 0.2, 0.3], std=[0.5, 0.25, 2.0])
+    found = load_images(class_folders(tmp_path / "d"), mean=[0.1, 0.2, 0.3], std=[0.5, 0.25, 0.75])
     x, _ = found.batch([3])
-    want = (100 / 255 - np.array([0.1, 0.2, 0.3])) / np.array([0.5, 0.25, 2.0])
+    want = (100 / 255 - np.array([0.1, 0.2, 0.3])) / np.array([0.5, 0.25, 0.75])
     assert np.allclose(x[0, :, 0, 0].numpy(), want)
 
 
@@ -213,3 +214,77 @@ def test_classes_of_a_single_image_take_turns():
     images = from_tensors(torch.arange(100.0)[:, None], torch.arange(100), "numbers")
     one, other = images.split(0.5, seed=0)
     assert (len(one), len(other)) == (50, 50)
+
+
+def numbered(root: Path, names: str) -> Path:
+    for name in names.split():
+        (root / name).mkdir(parents=True)
+        for i in range(2):
+            Image.fromarray(picture(10 * int(name) + i)).save(root / name / f"{i}.png")
+    return root
+
+
+def test_images_of_sixteen_bits_are_those_of_eight(tmp_path):
+    """Pillow's own conversion makes nearly all of their pixels white."""
+    eight = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
+    for folder, values in (("8/a", eight), ("16/a", eight.astype(np.uint16) * 257)):
+        (tmp_path / folder).mkdir(parents=True)
+        Image.fromarray(values).save(tmp_path / folder / "0.png")
+    one, other = (load_images(tmp_path / name).read([0]) for name in ("8", "16"))
+    assert torch.equal(one, other)
+    Image.fromarray(eight.astype(np.float32)).save(tmp_path / "8/a/1.tif")
+    with pytest.raises(SecateurError, match=r"1\.tif is no image that can be read .its pixels are floats"):
+        load_images(tmp_path / "8")
+
+
+def test_what_systems_leave_behind_is_no_image(tmp_path):
+    root = class_folders(tmp_path / "d")
+    (root / "ape/.ipynb_checkpoints").mkdir()
+    Image.fromarray(picture(1)).save(root / "ape/.ipynb_checkpoints/0.png")
+    (root / "bee/._0.png").write_bytes(b"resource fork")
+    assert load_images(root).labels.tolist() == [0, 0, 0, 1, 1, 1]
+
+
+def test_folders_that_are_numbers_are_in_the_order_of_the_numbers(tmp_path):
+    assert load_images(numbered(tmp_path / "n", "0 1 2 10 11")).classes == ("0", "1", "2", "10", "11")
+
+
+def test_classes_that_are_numbered_otherwise_are_refused(tmp_path):
+    full, gap = numbered(tmp_path / "full", "0 1 2 3"), numbered(tmp_path / "gap", "0 2 3")
+    for one, other in ((full, gap), (gap, full)):
+        with pytest.raises(SecateurError, match="differ, by 1"):
+            read_sets(Source(source=one, train=other))
+    pixels = np.zeros((8, 8, 8, 3), np.uint8)
+    np.savez(tmp_path / "x.npz", images=pixels, labels=np.arange(8) % 4)
+    assert len(read_sets(Source(source=full, train=tmp_path / "x.npz")).train) == 8
+    with pytest.raises(SecateurError, match="which class is which cannot be told"):
+        read_sets(Source(source=gap, train=tmp_path / "x.npz"))
+    np.savez(tmp_path / "f.npz", images=pixels.astype(np.float32), labels=np.arange(8) % 4)
+    with pytest.raises(SecateurError, match="give both in one way"):
+        read_sets(Source(source=full, train=tmp_path / "f.npz"))
+
+
+def test_scales_that_say_nothing_are_refused(tmp_path):
+    root = class_folders(tmp_path / "d")
+    with pytest.raises(SecateurError, match="divide by 255"):
+        load_images(root, mean=[123.7, 116.3, 103.5], std=[58.4, 57.1, 57.4])
+    np.savez(tmp_path / "f.npz", images=np.zeros((4, 8, 8, 3), np.float32), labels=np.arange(4))
+    with pytest.raises(SecateurError, match="leave mean and std out"):
+        load_images(tmp_path / "f.npz", mean=[0.5, 0.5, 0.5])
+    np.savez(tmp_path / "rgba.npz", images=np.zeros((9, 8, 8, 4), np.uint8), labels=np.arange(9))
+    with pytest.raises(SecateurError, match="4 channels"):
+        load_images(tmp_path / "rgba.npz")
+
+
+def test_rows_of_a_saved_data_set_that_are_nothing_are_named(tmp_path):
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+    images = [Image.fromarray(picture(i)) for i in range(3)]
+    for name, columns, message in (
+        ("words", {"image": images, "label": ["a", "b", "a"]}, "row 0 of the column label is 'a'"),
+        ("gap", {"image": images, "label": [0, None, 1]}, "row 1 of the column label is None"),
+        ("hole", {"image": [images[0], None, images[2]], "label": [0, 1, 1]}, "row 1 of the column image has no image"),
+    ):
+        saved = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
+        saved.save_to_disk(tmp_path / name)
+        with pytest.raises(SecateurError, match=message):
+            load_images(tmp_path / name)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
+from secateur.errors import SecateurError
 from secateur.recover import reestimate_
 
 
@@ -39,3 +41,13 @@ def test_the_statistics_are_those_of_the_inputs_in_eval_mode():
 def test_pairs_with_labels_and_nets_without_norms():
     assert reestimate_(nn.Linear(3, 2), [torch.randn(4, 3)]) == 0
     assert reestimate_(net(), [(torch.randn(4, 3, 10, 10), torch.zeros(4))]) == 2
+
+
+def test_batches_that_were_used_up_are_told_and_nothing_is_lost():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    model(torch.randn(8, 4))
+    before = model[1].running_mean.clone()
+    with pytest.raises(SecateurError, match="no batches"):
+        reestimate_(model, iter([]))
+    assert torch.equal(model[1].running_mean, before)
+    assert float(before.abs().sum()) > 0

@@ -195,3 +195,55 @@ def test_events_are_written_for_tensorboard(tmp_path):
     events.Reload()
     assert [e.value for e in events.Scalars("loss")] == pytest.approx([e.loss for e in history])
     assert events.Scalars("sparsity")[-1].value == pytest.approx(0.7, abs=0.01)
+
+
+def test_a_loader_of_torch_does_for_batches(tmp_path):
+    """Resumed after an epoch it ends in the same bits: its order comes from the random state that is kept."""
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X, Y), 16, shuffle=True)
+    whole, half = tiny(), tiny()
+    finetune_(whole, loader, Settings(epochs=3), folder=tmp_path / "whole")
+
+    def stop(model) -> dict:
+        if len(seen := list(tmp_path.glob("half/log.jsonl"))) and seen[0].read_text().count("\n") == 1:
+            raise KeyboardInterrupt
+        return {"one": torch.tensor(1.0)}
+
+    with pytest.raises(KeyboardInterrupt):
+        finetune_(half, loader, Settings(epochs=3), folder=tmp_path / "half", evaluate=stop)
+    again = tiny()
+    finetune_(again, loader, Settings(epochs=3), folder=tmp_path / "half", resume=True)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
+
+
+def test_a_run_that_begins_anew_leaves_nothing_of_the_one_before(tmp_path):
+    finetune_(tiny(), epochs(), Settings(epochs=1), folder=tmp_path)
+
+    def stop(*_) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        finetune_(tiny(1), epochs(), Settings(epochs=1), folder=tmp_path, progress=stop)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_batches_teachers_and_checkpoints_that_do_not_fit_are_told(tmp_path):
+    with pytest.raises(SecateurError, match="a mapping of x; expected"):
+        finetune_(tiny(), [{"x": X}], Settings(epochs=1))
+    other = torch.nn.Linear(X.shape[1], 9)
+    with pytest.raises(SecateurError, match="they have other classes"):
+        finetune_(tiny(), epochs(), Settings(epochs=1, distil=0.5), teacher=other)
+
+    def prune(model, optimizer, steps):
+        return Pruner(model, secateur.method("magnitude", sparsity=0.5), optimizer, steps)
+
+    finetune_(tiny(), epochs(), Settings(epochs=1), folder=tmp_path, prune=prune)
+    with pytest.raises(SecateurError, match="was made with masks, and here are none"):
+        finetune_(tiny(), epochs(), Settings(epochs=1), folder=tmp_path, resume=True)
+
+
+def test_weights_that_overflow_under_masks_are_a_training_that_diverged():
+    def prune(model, optimizer, steps):
+        return Pruner(model, secateur.method("magnitude", sparsity=0.5), optimizer, steps, every=1)
+
+    with pytest.raises(finetune.Diverged, match="the loss is nan in step"):
+        finetune_(tiny(), epochs(), Settings(epochs=3, lr=1e30), prune=prune)

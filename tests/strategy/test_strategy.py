@@ -182,11 +182,12 @@ def loss(drop=0.0, noise=0.0, sure=-1.0) -> Loss:
 
 def test_stop_rules(home):
     wanted = make_strategy(values(home, stop={"drop": 0.01, "worst_class": 3}))
-    assert rounds._verdict(wanted, loss(0.02, 0.015)) == "holds"  # within the noise and the tolerance
+    assert rounds._verdict(wanted, loss(0.01, 0.015)) == "holds"
+    assert rounds._verdict(wanted, loss(0.02, 0.015)) == "holds within the noise"  # and the tolerance
     assert "top-1 drops by 3.00 points" in rounds._verdict(wanted, loss(0.03, 0.015))
     assert rounds._verdict(wanted, loss(0.0, 0.0, 0.029)) == "holds"
     assert "class 2 surely loses 3.1 points" in rounds._verdict(wanted, loss(0.0, 0.0, 0.031))
-    assert rounds._verdict(wanted, loss(0.02, 0.02, 0.059)) == "holds"  # three times the mean
+    assert rounds._verdict(wanted, loss(0.02, 0.02, 0.059)).startswith("holds")  # three times the mean
 
 
 def test_what_does_not_hold_is_halved_and_the_best_is_kept(here, monkeypatch):
@@ -285,7 +286,9 @@ def test_an_unfinished_run_is_neither_overwritten_nor_mixed_up(here):
         run_rounds(wanted, here / "left", progress=kill, resume=True)
 
 
+SCALED = {"mean": [0.5], "std": [0.5]}
 BAD = {
+    "what is trained on and what is measured on": {"data": "same"},
     "the model has 4 classes": {"data": "labels"},
     "did you mean 'drop'": {"stop": {"dropp": 0.1}},
     "did you mean 'epochs'": {"finetune": {"epoch": 3}},
@@ -300,6 +303,46 @@ BAD = {
 }
 
 
+DAMAGE = {
+    "state.json cut": lambda folder: (folder / "state.json").write_text('{"key": '),
+    "state.json of nothing": lambda folder: (folder / "state.json").write_text("{}"),
+    "no state.json": lambda folder: (folder / "state.json").unlink(),
+    "no best": lambda folder: next(folder.glob("best-*.safetensors")).unlink(),
+    "best cut": lambda folder: next(folder.glob("best-*.safetensors")).write_bytes(b"1234"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_folder_is_one_clear_error(here, monkeypatch, damage):
+    wanted = make_strategy(values(here, sparsity=0.75, rounds={"keep": 0.5, "bisect": 0}))
+    out = here / f"damaged {damage}"
+
+    def stop(work, outcome, out):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(rounds, "_finish", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run_rounds(wanted, out, progress=quiet)
+    DAMAGE[damage](out.with_name(f"{out.name}.partial"))
+    with pytest.raises(SecateurError, match="is damaged, and cannot be gone on with"):
+        run_rounds(wanted, out, resume=True, progress=quiet)
+
+
+def test_images_that_changed_are_other_images(here, tmp_path):
+    from PIL import Image
+
+    for name in "abcd":
+        (tmp_path / "val" / name).mkdir(parents=True)
+        for number in range(4):
+            Image.fromarray(np.full((8, 8), 40 * number, np.uint8)).save(tmp_path / f"val/{name}/{number}.png")
+    wanted = make_strategy(values(here, data={"source": str(tmp_path / "val"), **SCALED}))
+    before = examine(wanted, "cpu").images_key()
+    assert examine(wanted, "cpu").images_key() == before
+    Image.fromarray(np.full((8, 8), 7, np.uint8)).save(tmp_path / "val/b/2.png")
+    assert examine(wanted, "cpu").images_key() != before
+
+
 @pytest.mark.parametrize("says", BAD)
 def test_mistakes_are_said_before_any_work(here, says):
     changes = dict(BAD[says])
@@ -307,10 +350,12 @@ def test_mistakes_are_said_before_any_work(here, says):
     if changes.get("data") == "labels":
         images, labels = stripes(40, 0)
         np.savez(here / "bad.npz", images=images, labels=labels + 3)
-        changes["data"] = given["data"] | dict.fromkeys(("source", "train"), str(here / "bad.npz"))
+        changes["data"] = {"source": str(here / "bad.npz"), **SCALED}
     if changes.get("data") == "size":
         np.savez(here / "odd.npz", images=np.zeros((8, 13, 13), np.uint8), labels=np.arange(8) % 4)
-        changes["data"] = given["data"] | {"source": str(here / "odd.npz"), "train": str(here / "odd.npz")}
+        changes["data"] = {"source": str(here / "odd.npz"), **SCALED}
+    if changes.get("data") == "same":
+        changes["data"] = given["data"] | {"train": given["data"]["source"]}
     with pytest.raises(SecateurError, match=says):
         run_rounds(make_strategy(given | changes), here / "bad", progress=quiet)
     assert not (here / "bad").exists()

@@ -36,7 +36,8 @@ class How(NamedTuple):
 @dataclass(frozen=True)
 class Images:
     """Images and their classes. read: indices -> pixels [n, channels, height, width], uint8 of 0..255, or floats that go to
-    the model as they are; labels: [n] int64; mean, std: per channel, of pixels in 0..1.
+    the model as they are; labels: [n] int64; mean, std: per channel, of pixels in 0..1; named: whether the source says what
+    its classes are called.
     """
 
     read: Read
@@ -45,6 +46,7 @@ class Images:
     description: str
     mean: tuple[float, ...] = MEAN
     std: tuple[float, ...] = STD
+    named: bool = False
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -134,6 +136,8 @@ def load_images(
         raise SecateurError(f"{path} has no images")
     first = found.read([0])
     if first.is_floating_point():
+        if mean is not None or std is not None:
+            raise SecateurError(f"{path} has floats, which go to the model as they are: leave mean and std out")
         return found
     channels = int(first.shape[1])
     means, stds = tuple(mean or MEAN[:channels]), tuple(std or STD[:channels])
@@ -141,6 +145,8 @@ def load_images(
         raise SecateurError(f"mean {means} and std {stds}: expected {channels} numbers each, one for every channel")
     if not all(value > 0 for value in stds):
         raise SecateurError(f"std {stds}: expected numbers above 0")
+    if max((*means, *stds)) > 1:
+        raise SecateurError(f"mean {means}, std {stds}: expected those of pixels in 0..1; divide by 255")
     return replace(found, mean=means, std=stds)
 
 
@@ -171,6 +177,8 @@ def _part_of(path: Path, part: str | None) -> Path:
 
 def _folder(path: Path, how: How) -> Images:
     folders = sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    numbered = all(folder.name.isdecimal() for folder in folders)
+    folders = sorted(folders, key=lambda folder: int(folder.name)) if numbered else folders
     if not folders:
         raise SecateurError(f"{path} has no class folders: expected {path}/<class>/<image>.jpg")
     known = [name for names in PARTS.values() for name in names]
@@ -182,7 +190,7 @@ def _folder(path: Path, how: How) -> Images:
     files: list[Path] = []
     labels: list[int] = []
     for label, folder in enumerate(folders):
-        own = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)
+        own = sorted(f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES and not _hidden(f, folder))
         if not own:
             raise SecateurError(
                 f"{folder} has no images ({', '.join(sorted(SUFFIXES)[:4])}, ..): every folder is a class.\n"
@@ -196,7 +204,12 @@ def _folder(path: Path, how: How) -> Images:
         return _stack([(str(files[i]), files[i]) for i in indices], how)
 
     classes = tuple(folder.name for folder in folders)
-    return _kept(Images(read, torch.tensor(labels), classes, f"{len(files):,} images of {path}"))
+    return _kept(Images(read, torch.tensor(labels), classes, f"{len(files):,} images of {path}", named=True))
+
+
+def _hidden(file: Path, folder: Path) -> bool:
+    """What systems and editors leave behind: .ipynb_checkpoints, ._photo.png."""
+    return any(part.startswith(".") for part in file.relative_to(folder).parts)
 
 
 def _same_size(files: Sequence[Path], how: How) -> None:
@@ -234,7 +247,7 @@ def _decoded(name: str, opened: Any, how: How) -> np.ndarray:
     image = _pillow()
     try:
         with image.open(opened) as found:
-            picture = found.convert("L" if how.gray else "RGB")
+            picture = _bytes(found).convert("L" if how.gray else "RGB")
     except Exception as error:
         raise _broken(name, error) from None
     size = how.size
@@ -245,6 +258,18 @@ def _decoded(name: str, opened: Any, how: How) -> np.ndarray:
         left, top = (width - size) // 2, (height - size) // 2
         picture = picture.crop((left, top, left + size, top + size))
     return np.asarray(picture).reshape(picture.size[1], picture.size[0], -1)
+
+
+def _bytes(found: Any) -> Any:
+    """An image of 16 bits with the upper eight of each pixel; others as they are."""
+    if found.mode == "F":
+        raise ValueError("its pixels are floats")
+    if not found.mode.startswith("I"):
+        return found
+    values = np.asarray(found)
+    if int(values.max()) > 65535 or int(values.min()) < 0:
+        raise ValueError("its pixels have 32 bits")
+    return _pillow().fromarray((values // 257).astype(np.uint8))
 
 
 def _stack(items: Sequence[tuple[str, Any]], how: How) -> Tensor:
@@ -316,6 +341,8 @@ def _channels_first(path: Path, pixels: Tensor) -> Tensor:
         pixels = pixels.permute(0, 3, 1, 2).contiguous()
     if pixels.ndim == 2 and pixels.is_floating_point():
         return pixels  # vectors: as they are
+    if pixels.ndim == 4 and pixels.shape[-1] in (2, 4) and pixels.shape[1] not in (1, 3):
+        raise SecateurError(f"{path}: images have {pixels.shape[-1]} channels; expected 1 or 3, without transparency")
     if pixels.ndim != 4 or (pixels.dtype != torch.uint8 and not pixels.is_floating_point()):
         raise SecateurError(
             f"{path}: images are {str(pixels.dtype).removeprefix('torch.')} {list(pixels.shape)}; expected uint8 or "
@@ -328,6 +355,8 @@ def _channels_first(path: Path, pixels: Tensor) -> Tensor:
 
 def _encoded(path: Path, arrays: dict[str, Tensor], how: How) -> tuple[Read, int]:
     raw, offsets = arrays["jpeg"].numpy(), arrays["offsets"].tolist()
+    if arrays["offsets"].is_floating_point() or raw.dtype != np.uint8:
+        raise SecateurError(f"{path}: expected jpeg as bytes (uint8) and offsets as whole numbers")
     if sorted(offsets) != offsets or not offsets or offsets[0] < 0 or offsets[-1] > len(raw):
         raise SecateurError(f"{path}: offsets do not rise within the {len(raw):,} bytes of jpeg")
 
@@ -354,6 +383,7 @@ def _saved(path: Path, how: How, part: str | None) -> Images:
         found: Any = datasets.load_from_disk(str(path))
     except Exception as error:
         raise SecateurError(f"{path} is no data set that can be read: {error}") from None
+    which = ""
     if isinstance(found, datasets.DatasetDict):
         names = PARTS[part or "test"]
         chosen = next((name for name in names if name in found), None)
@@ -361,7 +391,7 @@ def _saved(path: Path, how: How, part: str | None) -> Images:
             raise SecateurError(
                 f"{path} has the parts {', '.join(map(str, found))}; expected one of {', '.join(names)}"
             )
-        found = found[chosen]
+        found, which = found[chosen], f", {chosen}"
     pictures = next((n for n, f in found.features.items() if isinstance(f, datasets.Image)), None)
     label = next((n for n in ("label", "labels", "y", "fine_label") if n in found.features), None)
     if pictures is None or label is None:
@@ -369,13 +399,22 @@ def _saved(path: Path, how: How, part: str | None) -> Images:
         raise SecateurError(f"{path}: expected a column of images and one named label; it has {columns}")
     feature = found.features[label]
     names = tuple(getattr(feature, "names", None) or ())
-    labels = torch.tensor(found[label], dtype=torch.long)
+    try:
+        labels = torch.tensor(found[label], dtype=torch.long)
+    except (TypeError, ValueError, RuntimeError):
+        odd = next(((i, v) for i, v in enumerate(found[label]) if not isinstance(v, int)), (0, None))
+        raise SecateurError(
+            f"{path}: row {odd[0]} of the column {label} is {odd[1]!r}; expected the number of a class "
+            f"(data.class_encode_column({label!r}) makes numbers of names)"
+        ) from None
     if len(labels) and int(labels.min()) < 0:
         raise SecateurError(f"{path}: labels are classes from 0 on; found {int(labels.min())}")
     encoded = found.cast_column(pictures, datasets.Image(decode=False))
 
     def read(indices: Sequence[int]) -> Tensor:
         rows = encoded[list(indices)][pictures]
+        if None in rows:
+            raise SecateurError(f"{path}: row {indices[rows.index(None)]} of the column {pictures} has no image")
         items = [
             (f"image {i} of {path}", io.BytesIO(row["bytes"]) if row["bytes"] else row["path"])
             for i, row in zip(indices, rows, strict=True)
@@ -383,7 +422,7 @@ def _saved(path: Path, how: How, part: str | None) -> Images:
         return _stack(items, how)
 
     classes = names or tuple(str(i) for i in range(int(labels.max()) + 1 if len(labels) else 0))
-    return _kept(Images(read, labels, classes, f"{len(labels):,} images of {path}"))
+    return _kept(Images(read, labels, classes, f"{len(labels):,} images of {path}{which}", named=bool(names)))
 
 
 # Epochs of training

@@ -332,6 +332,10 @@ def _random() -> Iterator[tuple[str, Tensor]]:
 
 def _load(run: _Run, path: Path) -> None:
     tensors, told = read_state(path, "is no checkpoint of fine-tuning")
+    try:
+        history = [Epoch(**row) for row in told["history"]]
+    except (KeyError, TypeError) as error:
+        raise SecateurError(f"{path} is no checkpoint of fine-tuning, or an older version's ({error})") from None
     changed = [key for key, value in run.settings.model_dump().items() if _plain(value) != told["settings"].get(key)]
     if changed or told["steps"] != run.steps:
         what = ", ".join(changed) or "the number of steps"
@@ -358,7 +362,7 @@ def _load(run: _Run, path: Path) -> None:
     torch.set_rng_state(random.pop("cpu"))
     if random and torch.cuda.device_count() == len(random):
         torch.cuda.set_rng_state_all([random[f"cuda/{i}"] for i in range(len(random))])
-    run.history.extend(Epoch(**row) for row in told["history"])
+    run.history.extend(history)
 
 
 def _plain(value: Any) -> Any:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,7 @@ def strategy(found: Proposal, folder: Path, out: Path) -> None:
         f"{found.latency['p50_1']:.1f} ms an image (median; 95th percentile {found.latency['p95_1']:.1f}), "
         f"{found.latency['p50_32']:.0f} ms for 32.",
         "",
+        *([f"**{warning}**", ""] if (warning := chance(dense)) else []),
         *(f"- {what}: {value}" for what, value in found.data.items()),
         "",
         "## Thresholds and sparsities that were tested",
@@ -70,6 +72,16 @@ def strategy(found: Proposal, folder: Path, out: Path) -> None:
         *_proposal(found, out),
     ]
     (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def chance(dense: Mapping[str, Any]) -> str:
+    """A word about a model that knows no more than its largest class; nothing about others."""
+    if dense["top1_low"] > 1 / max(dense["classes"], 1):
+        return ""
+    return (
+        "The dense model is no better than chance here: these are not its weights or its classes, or the images are "
+        "scaled otherwise than in its training (--size, --mean, --std). What follows means nothing then."
+    )
 
 
 def _allocation(found: Proposal) -> str:
@@ -116,11 +128,11 @@ def _proposal(found: Proposal, out: Path) -> list[str]:
         "",
         f"`recipe.yaml` goes in {len(found.rounds)} rounds: {steps} of the weights in all. Each one cuts by magnitude, "
         "estimates "
-        f"batch norms anew, trains {wanted.finetune.epochs} epochs with the learning rate rewound to "
+        f"batch norms anew, trains {_epochs(wanted.finetune.epochs)} with the learning rate rewound to "
         f"{wanted.finetune.lr:g}, "
         "and measures. The dense model gets one such training, too, to be compared with.",
         "",
-        "    " + f"secateur run {out}/recipe.yaml",
+        "    " + f"secateur run {shlex.quote(str(out / 'recipe.yaml'))}",
         "",
         "## What to monitor, and when it stops",
         "",
@@ -161,6 +173,10 @@ def _proposal(found: Proposal, out: Path) -> list[str]:
 
 def _goal(value: float | None, unit: str) -> str:
     return "no goal was set" if value is None else f"{value:,} {unit} are reached"
+
+
+def _epochs(number: int) -> str:
+    return "1 epoch" if number == 1 else f"{number} epochs"
 
 
 def _targets(found: Proposal) -> list[float]:
@@ -312,6 +328,17 @@ def _headline(found: Outcome, best: Trial | None) -> str:
         f"{_percent(loss['top1'])}: {100 * loss['drop']:+.2f} ± {100 * loss['noise']:.2f} points lost against the "
         "dense model "
         f"({_percent(found.dense['top1'])}; {_percent(trained)} with one round's training)."
+        + _beyond(found.wanted.stop.drop, loss)
+    )
+
+
+def _beyond(asked: float, loss: Mapping[str, Any]) -> str:
+    """Where a round holds only since these images cannot tell."""
+    if loss["drop"] <= asked:
+        return ""
+    return (
+        f" **That is more than the {100 * asked:g} points that were asked for**: it holds because {loss['images']:,} "
+        "images tell no better. Measure on more, or take an earlier round."
     )
 
 
@@ -341,7 +368,7 @@ def _trial_row(trial: Trial, classes: Sequence[str], best: int) -> tuple[str, ..
         "" if trial.cut.get("top1") is None else _percent(trial.cut["top1"]),
         _percent(m["top5"]),
         _percent(m["flips"]),
-        f"{m['kl']:.3f}",
+        f"{m['kl']:.3g}",
         f"{name} ({100 * drop:+.1f})",
         trial.verdict,
     )
@@ -384,18 +411,18 @@ def _curve(found: Outcome, path: Path) -> None:
         linewidth=1,
         label="cut, before training",
     )
-    failed = [t for t in ranked if not t.holds]
-    axes.plot(
-        [100 * t.sparsity for t in failed],
-        [100 * t.measures["top1"] for t in failed],
-        "o",
-        color=COLOURS[1],
-        markersize=9,
-        fillstyle="none",
-        label="did not hold",
-    )
+    if failed := [t for t in ranked if not t.holds]:
+        axes.plot(
+            [100 * t.sparsity for t in failed],
+            [100 * t.measures["top1"] for t in failed],
+            "o",
+            color=COLOURS[1],
+            markersize=9,
+            fillstyle="none",
+            label="did not hold",
+        )
     low = min(y) if y else dense
-    axes.set_ylim(low - 6, max([dense, *y]) + 2)
+    axes.set_ylim(max(low - 6, 0), min(max([dense, *y]) + 2, 101))
     axes.set_xlabel("sparsity, %")
     axes.set_ylabel("top-1, %")
     axes.grid(alpha=0.3)
@@ -421,7 +448,7 @@ def _classes(found: Outcome, names: Sequence[str], path: Path) -> None:
     axes = figure.subplots()
     values = [-100 * drop for drop, _ in chosen]
     axes.barh(range(len(chosen)), values, color=[COLOURS[0] if v >= 0 else COLOURS[1] for v in values])
-    axes.set_yticks(range(len(chosen)), [name for _, name in chosen], fontsize=7)
+    axes.set_yticks(range(len(chosen)), [name.replace("$", r"\$") for _, name in chosen], fontsize=7)
     axes.invert_yaxis()
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_xlabel("change of a class's accuracy, points")
@@ -433,7 +460,8 @@ def _classes(found: Outcome, names: Sequence[str], path: Path) -> None:
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
-    return [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}", *(f"| {' | '.join(map(str, row))} |" for row in rows)]
+    cells = [[str(cell).replace("|", r"\|") for cell in row] for row in rows]
+    return [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}", *(f"| {' | '.join(row)} |" for row in cells)]
 
 
 def _percent(share: float, digits: int = 1) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import itertools
 import json
 import os
@@ -113,8 +114,12 @@ class Case:
     def images_key(self) -> list[Any]:
         """What tells these images from others."""
         sources = [self.source.source, *([self.source.train] if self.source.train else [])]
-        stats = [path.stat() for path in sources]
-        return [*((s.st_size, s.st_mtime_ns) for s in stats), self.sets.test.description, self.sets.train.description]
+        found = hashlib.sha256()
+        for path in sources:
+            for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+                stat = file.stat()
+                found.update(f"{file.relative_to(path)} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+        return [found.hexdigest(), self.sets.test.description, self.sets.train.description]
 
     def batches(self, images: int, size: int = 64) -> list[tuple[Tensor, Tensor]]:
         """Some images to measure on, drawn."""
@@ -295,13 +300,24 @@ def _prepare(staging: Path, resume: bool, key: dict[str, Any]) -> None:
         known = (staging / "key.json").read_text(encoding="utf-8") if (staging / "key.json").exists() else ""
         if not resume:
             raise SecateurError(f"{staging} is what a run that was stopped has left: go on with --resume, or delete it")
+        if not _is_json(known) and any(staging.iterdir()):
+            raise SecateurError(f"{staging} is damaged: key.json, which says what it is of, is not whole. Delete it")
         if known and known != text:
             raise SecateurError(f"{staging} was made with other settings: give the same, or delete it")
         if known:
             return
     with disk(staging):
         staging.mkdir(parents=True, exist_ok=True)
-        (staging / "key.json").write_text(text, encoding="utf-8")
+        partial = staging / "key.json.partial"
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, staging / "key.json")
+
+
+def _is_json(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except ValueError:
+        return False
 
 
 def _scan(
@@ -310,7 +326,10 @@ def _scan(
     path = staging / PROBES
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     lines = [line for line in lines if line.endswith("\n")]  # a killed run may have left half a line
-    found = [Probe(**json.loads(line)) for line in lines]
+    try:
+        found = [Probe(**json.loads(line)) for line in lines]
+    except (ValueError, TypeError) as error:
+        raise SecateurError(f"{path} is damaged ({error}): delete {staging}, and begin anew") from None
     known = {(p.layer, p.by, p.value) for p in found}
     todo = cells(case.plan)
     with disk(staging):

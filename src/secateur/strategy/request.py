@@ -104,6 +104,11 @@ def read_sets(source: Source) -> Sets:
     settings: dict[str, Any] = {"size": source.size, "mean": source.mean, "std": source.std}
     own = all(parts(source.source)) if source.source.exists() else False
     saved = (source.source / "dataset_dict.json").is_file()
+    if source.train is not None and source.train.resolve() == source.source.resolve() and not (own or saved):
+        raise SecateurError(
+            f"{source.train} is what is trained on and what is measured on: rounds would be judged by images that they "
+            "have seen. Leave --train out, and a half of every class is kept for measuring"
+        )
     if source.train is not None:
         test = load_images(source.source, **settings, part="test")
         train = load_images(source.train, **settings, part="train")
@@ -111,14 +116,31 @@ def read_sets(source: Source) -> Sets:
         test, train = (load_images(source.source, **settings, part=part) for part in ("test", "train"))
     else:
         train, test = load_images(source.source, **settings).split(source.holdout, seed=0)
-    named = not all(name.isdigit() for name in (*test.classes, *train.classes))
-    if named and test.classes != train.classes:
-        only = sorted(set(test.classes) ^ set(train.classes))
+    _check_classes(test, train)
+    floats = [images for images in (test, train) if images.read([0]).is_floating_point()]
+    if len(floats) == 1:
         raise SecateurError(
-            f"the classes of {test.description} ({len(test.classes)}) and of {train.description} ({len(train.classes)}) "
-            f"differ, by {', '.join(only[:3])}"
+            f"{floats[0].description} are floats, which go to the model as they are, and the others are pixels of 0 to "
+            "255, which are scaled: give both in one way"
         )
     if min(len(test), len(train)) < 2:
         raise SecateurError(f"too few images: {len(train)} to train on, {len(test)} to measure on")
     test = test if source.images is None else test.sample(source.images, 0)
     return Sets(test, train if source.train_images is None else train.sample(source.train_images, 0))
+
+
+def _check_classes(test: Images, train: Images) -> None:
+    """Raises SecateurError when a label would be one class here and another one there."""
+    if test.named and train.named and test.classes != train.classes:
+        only = sorted(set(test.classes) ^ set(train.classes))
+        raise SecateurError(
+            f"the classes of {test.description} ({len(test.classes)}) and of {train.description} ({len(train.classes)}) "
+            f"differ, {'by ' + ', '.join(only[:3]) if only else 'in their order'}"
+        )
+    for images, other in ((test, train), (train, test)):
+        numbered = images.named and all(name.isdecimal() for name in images.classes)
+        if numbered and not other.named and images.classes != tuple(map(str, range(len(images.classes)))):
+            raise SecateurError(
+                f"the folders of {images.description} are numbers, but not 0 to {len(images.classes) - 1}, and "
+                f"{other.description} have numbers alone: which class is which cannot be told"
+            )

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -58,7 +59,7 @@ class Trial:
 
     @property
     def holds(self) -> bool:
-        return self.verdict == "holds"
+        return self.verdict.startswith("holds")
 
 
 @dataclass
@@ -195,11 +196,11 @@ def _round(work: _Work, key: dict[str, Any], place: float) -> Trial:
         before = described(given := _answers(work, model), lost(work.dense, given))
     try:
         _train(work, model, masks, number)
+        as_stored_(model, case)
     except Diverged as error:
         if place == 0:
             raise
         return _diverged(work, key, number, place, masks, before, model, str(error))
-    as_stored_(model, case)
     given = _answers(work, model)
     loss = lost(work.dense, given)
     example = _example(case)
@@ -241,12 +242,14 @@ def _diverged(
 
 
 def as_stored_(model: nn.Module, case: Case) -> None:
-    """Round every tensor to what the file will hold, so that what is measured is what is written."""
+    """Round every tensor to what the file will hold, so that what is measured is what is written. Raises Diverged."""
     with torch.no_grad():
         for name, value in model.state_dict().items():
             entry = case.weights.entries.get(name)
             if entry is not None and value.is_floating_point():
                 value.copy_(value.to(DTYPES[entry.dtype]))
+                if not bool(torch.isfinite(value).all()):
+                    raise Diverged(f"{name} has no finite values any more in {entry.dtype}: lower lr")
 
 
 def _start(work: _Work) -> nn.Module:
@@ -306,7 +309,7 @@ def _verdict(wanted: Strategy, loss: Loss) -> str:
             f"{stop.worst_class:g} times "
             "the mean or the tolerance"
         )
-    return "holds"
+    return "holds" if loss.drop <= stop.drop else "holds within the noise"
 
 
 def _goal(wanted: Strategy, trial: Trial) -> str:
@@ -345,17 +348,23 @@ def _begin(folder: Path, key: dict[str, Any], resume: bool) -> tuple[list[Trial]
         return [], -1
     if not resume:
         raise SecateurError(f"{folder} is what a run that was stopped has left: go on with --resume, or delete it")
-    if not (folder / STATE).exists():
+    if not any(folder.iterdir()):  # killed before anything was written
         with disk(folder):
             _write_state(folder, key, -1, [])
         return [], -1
-    state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-    if state["key"] != key:
-        changed = [name for name in key if state["key"].get(name) != key[name]]
+    try:
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        known, trials, best = state["key"], [Trial(**row) for row in state["trials"]], int(state["best"])
+        if best > 0:
+            load_file(folder / f"best-{best}.safetensors")
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise SecateurError(f"{folder} is damaged, and cannot be gone on with ({error}): delete it") from None
+    if known != key:
+        changed = [name for name in key if known.get(name) != key[name]]
         raise SecateurError(
             f"{folder} was made with other settings ({', '.join(changed)}): give the same, or delete it"
         )
-    return [Trial(**row) for row in state["trials"]], int(state["best"])
+    return trials, best
 
 
 def _note(work: _Work, key: dict[str, Any], trial: Trial, model: nn.Module) -> None:
