@@ -288,3 +288,9 @@ def test_rows_of_a_saved_data_set_that_are_nothing_are_named(tmp_path):
         saved.save_to_disk(tmp_path / name)
         with pytest.raises(SecateurError, match=message):
             load_images(tmp_path / name)
+
+
+def test_what_lies_beside_images_in_an_npz_is_let_alone(tmp_path):
+    images, labels = np.zeros((4, 8, 8, 3), np.uint8), np.arange(4, dtype=np.int16)
+    np.savez(tmp_path / "x.npz", images=images, labels=labels, wnids=np.array(["n01", "n02", "n03", "n04"]))
+    assert load_images(tmp_path / "x.npz").labels.tolist() == [0, 1, 2, 3]

@@ -23,6 +23,8 @@ CROP = 0.875  # share of the shorter side that a crop to the asked size takes, a
 IN_MEMORY = 2 * 2**30  # bytes of pixels that are decoded once and kept
 PARTS = {"train": ("train", "training"), "test": ("val", "valid", "validation", "test")}
 
+LABELS, PIXELS = ("labels", "y", "label"), ("images", "x", "image", "pixels")  # arrays of an .npz
+
 Read = Callable[[Sequence[int]], Tensor]
 
 
@@ -310,8 +312,10 @@ def _of_tensor(pixels: Tensor) -> Read:
 
 def _npz(path: Path, how: How) -> Images:
     check_exists(path)
-    arrays = load_numpy(path)
-    labels = next((arrays[name] for name in ("labels", "y", "label") if name in arrays), None)
+    arrays = load_numpy(
+        path, {*LABELS, *PIXELS, "jpeg", "offsets"}
+    )  # names of classes and the like may lie beside them
+    labels = next((arrays[name] for name in LABELS if name in arrays), None)
     if labels is None or labels.ndim != 1 or labels.is_floating_point():
         found = ", ".join(f"{name} {list(value.shape)}" for name, value in arrays.items())
         raise SecateurError(f"{path}: expected integer `labels` [n]; it has {found}")
@@ -319,7 +323,7 @@ def _npz(path: Path, how: How) -> Images:
     if "jpeg" in arrays and "offsets" in arrays:
         read, count = _encoded(path, arrays, how)
     else:
-        pixels = next((arrays[name] for name in ("images", "x", "image", "pixels") if name in arrays), None)
+        pixels = next((arrays[name] for name in PIXELS if name in arrays), None)
         if pixels is None:
             raise SecateurError(
                 f"{path}: expected `images` [n, height, width, 3], or `jpeg` bytes and `offsets`; it has "

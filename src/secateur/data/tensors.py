@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zipfile
 import zlib
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -38,11 +39,14 @@ def _load_safetensors(path: Path) -> dict[str, Tensor]:
         raise SecateurError(f"{path} is not a valid safetensors file: {error}. Write it again.") from None
 
 
-def load_numpy(path: Path) -> dict[str, Tensor]:
-    """The arrays of a file; one without names is `input_ids`."""
+def load_numpy(path: Path, names: Collection[str] | None = None) -> dict[str, Tensor]:
+    """The arrays of a file, or those of these names; one without a name is `input_ids`."""
     try:
         loaded = np.load(path, allow_pickle=False)
-        arrays = {"input_ids": loaded} if isinstance(loaded, np.ndarray) else {key: loaded[key] for key in loaded.files}
+        if isinstance(loaded, np.ndarray):
+            arrays = {"input_ids": loaded}
+        else:
+            arrays = {key: loaded[key] for key in loaded.files if names is None or key in names}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         if "pickle" in str(error):
             raise SecateurError(
