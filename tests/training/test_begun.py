@@ -351,3 +351,13 @@ def test_adapters_under_masks_can_be_pickled():
     hold_masks_(adapted)
     again = pickle.loads(pickle.dumps(adapted))
     torch.testing.assert_close(again(X), adapted(X))
+
+
+def test_a_pruner_that_could_not_be_made_chooses_nothing(tmp_path):
+    model = net()
+    optimizer = sgd(model)
+    with pytest.raises(SecateurError, match="holds no masks"):
+        Pruner(model, RECIPE, optimizer, 10, resume=tmp_path / "missing")
+    for _ in range(5):
+        step(model, optimizer)
+    assert all(bool((parameter != 0).all()) for parameter in model.parameters())

@@ -149,11 +149,15 @@ class Pruner:
         self._watch_others()
         if self._method.watch is not None:
             self._method.watch([replace(layer, gradient=None) for layer in self._live()])
-        if resume is not None:
-            self.load(resume)
-        elif self._due():
-            self._choose()
-        self._hold()
+        try:
+            if resume is not None:
+                self.load(resume)
+            elif self._due():
+                self._choose()
+            self._hold()
+        except BaseException:
+            self.detach()  # nobody has this pruner, and it must not choose any masks
+            raise
 
     # Hooks
 
@@ -290,7 +294,7 @@ class Pruner:
 
     def _check_reachable(self) -> None:
         """Raises SecateurError when the allocation refuses what the schedule ends at."""
-        if self._plan is not None and self._calibrated is None:
+        if self._plan is not None and self._calibrated is None and self._plan.recipe.allocation != "uniform":
             layers = self._live()
             ending = Moment(self._plan, layers, self._schedule, 1.0, 0)
             ending.sparsities({layer.name: wide(layer.weight).abs() for layer in layers})
