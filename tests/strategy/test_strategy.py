@@ -16,7 +16,7 @@ from torch import nn
 
 from secateur.data.images import Epochs, load_images
 from secateur.errors import SecateurError
-from secateur.measure.classify import Loss, answers
+from secateur.measure.classify import Loss, answers, lost
 from secateur.plan import make_plan
 from secateur.recipe import method
 from secateur.recover import Settings, finetune_
@@ -144,7 +144,7 @@ def test_a_probe_says_what_pruning_that_layer_alone_does(here):
     dense = answers(case.model, batches)
     before = {n: p.clone() for n, p in case.model.named_parameters()}
     setting = make_plan(case.model, method("magnitude", sparsity=0.5)).settings[1]
-    found = probe(case.model, setting, "sigma", 1.0, batches, dense)
+    found, whole = probe(case.model, setting, [("sigma", 1.0), ("sparsity", 0.95)], batches, dense)
     assert all(torch.equal(p, before[n]) for n, p in case.model.named_parameters())
     weight = case.model[5].weight
     with torch.no_grad():
@@ -154,6 +154,41 @@ def test_a_probe_says_what_pruning_that_layer_alone_does(here):
     changed = answers(case.model, batches)
     assert found.flips == pytest.approx(float((changed.logits.argmax(1) != dense.logits.argmax(1)).float().mean()))
     assert found.drop == pytest.approx(dense.top1.value - changed.top1.value)
+    assert (whole.by, whole.sparsity) == ("sparsity", pytest.approx(0.95, abs=0.01))
+
+
+class Beside(nn.Module):
+    """Its first layer also leaves something that its last one needs, by the way that `how` says."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.left = how, []
+        self.first, self.last = nn.Linear(6, 6), nn.Linear(6, 3)
+        plain = self.first.forward
+        self.first.forward = lambda x: self.leave(plain(x))
+
+    def leave(self, x):
+        self.left.append(x.sin())
+        return x
+
+    def forward(self, x):
+        self.left = []
+        x = self.first(x)
+        return self.last(x + (self.left[0] if self.how == "error" else sum(self.left)))
+
+
+@pytest.mark.parametrize("how", ["error", "other"])
+def test_a_probe_of_a_model_that_does_more_than_its_modules_say_is_right(how):
+    torch.manual_seed(0)
+    model = Beside(how).eval()
+    batches = [(torch.randn(50, 6), torch.randint(3, (50,))) for _ in range(2)]
+    dense = answers(model, batches)
+    setting = make_plan(model, method("magnitude", sparsity=0.5)).settings[1]
+    (found,) = probe(model, setting, [("sparsity", 0.5)], batches, dense)
+    with torch.no_grad():
+        weight = model.last.weight
+        weight.mul_(weight.abs() > weight.abs().flatten().kthvalue(9).values)
+    assert found.kl == pytest.approx(lost(dense, answers(model, batches)).kl, rel=1e-4)
 
 
 def test_measured_sparsities_meet_the_target_and_spare_what_feels_it():

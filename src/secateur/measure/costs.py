@@ -15,7 +15,9 @@ from secateur.data import call
 
 KINDS = (nn.Linear, nn.modules.conv._ConvNd)
 TRANSPOSED = nn.modules.conv._ConvTransposeNd
-WARM = 3  # calls before time counts
+WARM, ROUNDS = 3, 20  # calls before time counts, and then
+BATCHES = (1, 32)  # that are timed
+TIMED = (WARM + ROUNDS) * sum(BATCHES)  # images that go through each model
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ def _packed(tensor: Tensor) -> int:
 
 
 def latency(
-    models: Mapping[str, nn.Module], example: Tensor, batches: Sequence[int] = (1, 32), rounds: int = 20
+    models: Mapping[str, nn.Module], example: Tensor, batches: Sequence[int] = BATCHES, rounds: int = ROUNDS
 ) -> dict[str, dict[str, float]]:
     """Milliseconds of a forward in eval mode, the models in turns: {model: {"p50_1": .., "p95_1": .., "p50_32": ..}}.
 

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from secateur.card import environment
 from secateur.data.images import Epochs
 from secateur.errors import SecateurError
+from secateur.estimate import PROCESS
 from secateur.machine import check_device
 from secateur.measure.classify import Answers, answers, lost
 from secateur.measure.classify import as_dict as described
-from secateur.measure.costs import Costs, costs, latency
+from secateur.measure.costs import TIMED, Costs, costs, latency
 from secateur.module import find_function, fresh, open_weights
 from secateur.pipeline import check_out
 from secateur.plan import Plan, make_plan
@@ -31,8 +32,9 @@ from secateur.recover import reestimate_
 from secateur.recover.batchnorm import NORMS
 from secateur.recover.finetune import disk
 from secateur.strategy import pages
+from secateur.strategy.prefix import LIMIT, watch
 from secateur.strategy.request import Sets, Source, Strategy, make_strategy, read_sets
-from secateur.strategy.scan import Probe, cells, measured_sparsities, probe
+from secateur.strategy.scan import CUTS, Probe, measured_sparsities, probe
 from secateur.training.masks import Masks
 from secateur.training.rewind import KEPT, cut, progresses
 from secateur.training.schedules import iterative
@@ -121,9 +123,11 @@ class Case:
                 found.update(f"{file.relative_to(path)} {stat.st_size} {stat.st_mtime_ns}\n".encode())
         return [found.hexdigest(), self.sets.test.description, self.sets.train.description]
 
-    def batches(self, images: int, size: int = 64) -> list[tuple[Tensor, Tensor]]:
-        """Some images to measure on, drawn."""
-        return list(self.sets.test.sample(images, 0).batches(size, self.device))
+    def batches(self, images: int) -> list[tuple[Tensor, Tensor]]:
+        """Some images to measure on, drawn, in batches of which everything that the model computes can be kept."""
+        drawn = self.sets.test.sample(images, 0)
+        one = next(iter(drawn.batches(1, self.device)))[0]
+        return list(drawn.batches(max(1, min(64, LIMIT // max(1, watch(self.model, {}, one).all))), self.device))
 
     @property
     def norm_images(self) -> int:
@@ -196,24 +200,24 @@ def first_request(
 
 
 def expect(case: Case, wanted: Strategy, images: int) -> Expected:
-    """By a few forwards and a training step on this machine, before anything begins."""
-    batches = case.batches(min(images, 64), 64)
-    answers(case.model, batches[:1])
-    started = time.perf_counter()
-    answers(case.model, batches[:1])
-    one = (time.perf_counter() - started) / len(batches[0][1])
-    count = len(cells(case.plan))
-    whole = len(TARGETS) * len(ALLOCATIONS) * (images + case.norm_images) + len(case.sets.test)
-    steps = wanted.finetune.epochs * len(case.sets.train)
-    weights = sum(p.numel() * p.element_size() for p in case.model.parameters())
-    x = batches[0][0]
-    activations = 3 * x.numel() * x.element_size() * 64  # a guess: each layer keeps something of its inputs' size
+    """By a few forwards on this machine, before anything begins."""
+    model, test, norms = case.model, len(case.sets.test), case.norm_images
+    x = case.batches(min(images, 64))[0][0]
+    layers = {s.layer.parameter: model.get_parameter(s.layer.parameter) for s in case.plan.settings}
+    watch(model, layers, x)
+    seen = watch(model, layers, x)
+    one = seen.seconds / len(x)
+    each = sum((len(CUTS) + 1) * (1 - begins) + begins for begins in seen.begins.values())
+    spread = len(TARGETS) * len(ALLOCATIONS) * (images + norms)
+    trained = wanted.finetune.epochs * len(case.sets.train) * (4.5 if wanted.finetune.distil else 3.5)
+    stored = sum(p.numel() * p.element_size() for p in model.parameters())
+    scores = 20 * sum(p.numel() for p in layers.values())  # each as a float, all of them together, and those sorted
     return Expected(
-        one * (count * images + whole),
-        one * (3.5 * steps + len(case.sets.test) + case.norm_images),
+        one * (each * images + spread + test + images + TIMED),
+        one * (trained + 2 * test + norms + 2 * TIMED),
         len(progresses(wanted.recipe, wanted.rounds.keep)) + wanted.rounds.bisect,
-        5 * weights + activations,
-        count,
+        PROCESS + stored + max(stored + scores, min(seen.all, LIMIT)) + 3 * seen.largest * 64 // len(x),
+        len(CUTS) * len(layers),
     )
 
 
@@ -331,17 +335,26 @@ def _scan(
     except (ValueError, TypeError) as error:
         raise SecateurError(f"{path} is damaged ({error}): delete {staging}, and begin anew") from None
     known = {(p.layer, p.by, p.value) for p in found}
-    todo = cells(case.plan)
     with disk(staging):
         path.write_text("".join(lines), encoding="utf-8")
-    for number, (setting, by, value) in enumerate(todo):
-        if (setting.layer.name, by, value) in known:
+    number, count = 0, len(CUTS) * len(case.plan.settings)
+    for setting in case.plan.settings:
+        layer = setting.layer.name
+        cuts = [(by, value) for by, value in CUTS if (layer, by, value) not in known]
+        number += len(CUTS) - len(cuts)
+        if not cuts:
             continue
-        progress("scan", number, len(todo), f"{setting.layer.name} {by} {value}")
-        found.append(probe(case.model, setting, by, value, batches, dense))
+
+        def tick(share: float, before: int = number, more: int = len(cuts), layer: str = layer) -> None:
+            progress("scan", before + int(share * more), count, layer)
+
+        tick(0.0)
+        probes = probe(case.model, setting, cuts, batches, dense, tick)
+        number += len(cuts)
+        found += probes
         with disk(staging), path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(found[-1])) + "\n")
-    progress("scan", len(todo), len(todo), "done")
+            file.writelines(json.dumps(asdict(entry)) + "\n" for entry in probes)
+    progress("scan", count, count, "done")
     return found
 
 

@@ -10,14 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from secateur.measure.classify import Answers, answers, lost
-from secateur.plan import Plan, Setting
+from secateur.plan import Setting
+from secateur.probe import TOLERANCE, difference
 from secateur.recipe import Threshold
+from secateur.strategy.prefix import Kept, given, outputs_before
 
 SIGMAS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.65, 2.0, 2.6)  # of normal weights 20 to 99 %
 SPARSITIES = (0.5, 0.8, 0.9, 0.95)
+CUTS = [*(("sigma", value) for value in SIGMAS), *(("sparsity", value) for value in SPARSITIES)]  # of every layer
 
 Batches = Sequence[tuple[Tensor, Tensor]]
-Progress = Callable[[str, int, int, str], None]
 
 
 @dataclass(frozen=True)
@@ -35,32 +37,59 @@ class Probe:
     kl: float
 
 
-def cells(plan: Plan) -> list[tuple[Setting, str, float]]:
-    """Everything that is tested."""
-    grid = [("sigma", value) for value in SIGMAS] + [("sparsity", value) for value in SPARSITIES]
-    return [(setting, by, value) for setting in plan.settings for by, value in grid]
-
-
-def probe(model: nn.Module, setting: Setting, by: str, value: float, batches: Batches, dense: Answers) -> Probe:
-    """Cut one layer, ask, and put it back."""
+def probe(
+    model: nn.Module,
+    setting: Setting,
+    cuts: Sequence[tuple[str, float]],
+    batches: Batches,
+    dense: Answers,
+    tick: Callable[[float], None] = lambda share: None,
+) -> list[Probe]:
+    """Cut one layer in several ways, ask, and put it back. What comes before the layer is computed once for all of them.
+    model: in eval mode. tick: called with the share of it that is done.
+    """
     parameter = model.get_parameter(setting.layer.parameter)
     before = parameter.detach().clone()
-    weight = setting.layer.matrix(before).float()
-    changed = replace(
-        setting,
-        threshold=Threshold(sigma=value, absolute=None) if by == "sigma" else None,
-        sparsity=value,
-    )
-    keep = changed.choose(float(weight.std()))(weight.abs())
+    keep = [_choose(setting, by, value, setting.layer.matrix(before).float()) for by, value in cuts]
+    logits: list[list[Tensor]] = [[] for _ in cuts]
     try:
-        with torch.no_grad():
-            setting.layer.write_(parameter, setting.layer.matrix(before) * keep)
-        found = lost(dense, answers(model, batches))
+        for number, (x, y) in enumerate(batches):
+            plain = dense.logits[sum(map(len, logits[0])) :][: len(y)]
+            kept = _checked(model, outputs_before(model, parameter, x), x, y, plain)
+            for found, mask in zip(logits, keep, strict=True):
+                with torch.no_grad():
+                    setting.layer.write_(parameter, setting.layer.matrix(before) * mask)
+                with given(kept):
+                    found.append(answers(model, [(x, y)]).logits)
+            with torch.no_grad():
+                parameter.copy_(before)
+            tick((number + 1) / len(batches))
     finally:
         with torch.no_grad():
             parameter.copy_(before)
-    sparsity = 1 - float(keep.float().mean())
-    return Probe(setting.layer.name, by, value, sparsity, found.drop, found.flips, found.kl)
+    losses = [lost(dense, Answers(torch.cat(found), dense.labels)) for found in logits]
+    return [
+        Probe(setting.layer.name, by, value, 1 - float(mask.float().mean()), found.drop, found.flips, found.kl)
+        for (by, value), mask, found in zip(cuts, keep, losses, strict=True)
+    ]
+
+
+def _choose(setting: Setting, by: str, value: float, weight: Tensor) -> Tensor:
+    """Which weights stay [rows, cols]."""
+    threshold = Threshold(sigma=value, absolute=None) if by == "sigma" else None
+    return replace(setting, threshold=threshold, sparsity=value).choose(float(weight.std()))(weight.abs())
+
+
+def _checked(model: nn.Module, kept: Kept, x: Tensor, y: Tensor, plain: Tensor) -> Kept:
+    """Nothing, where the model answers otherwise with what was kept: it does more than its modules say."""
+    if not kept:
+        return []
+    with given(kept):
+        try:
+            again = answers(model, [(x, y)]).logits
+        except Exception:  # the model's own: it misses what a module did beside its answer
+            return []
+    return kept if difference(again, plain) <= TOLERANCE else []
 
 
 def measured_sparsities(
