@@ -227,21 +227,16 @@ def test_stop_rules(home):
 
 def test_what_does_not_hold_is_halved_and_the_best_is_kept(here, monkeypatch):
     """Rounds above 70 % are made to fail: bisection ends between what held and what did not."""
-    real = rounds.lost
+    real = rounds._cut
     now: list[float] = []
-    monkeypatch.setattr(
-        rounds, "costs", lambda model, x, real=rounds.costs: now.append(_zeros(model)) or real(model, x)
-    )
 
-    def verdict(wanted, found):
-        return "holds" if now[-1] < 0.7 else "made to fail"
+    def noted(work, place):
+        model, masks = real(work, place)
+        now.append(masks.sparsity)
+        return model, masks
 
-    def _zeros(model: nn.Module) -> float:
-        weights = [model[i].weight for i in (2, 5)]
-        return sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights)
-
-    monkeypatch.setattr(rounds, "_verdict", verdict)
-    assert real is rounds.lost
+    monkeypatch.setattr(rounds, "_cut", noted)
+    monkeypatch.setattr(rounds, "_verdict", lambda *_: "holds" if now[-1] < 0.7 else "made to fail")
     outcome = run_rounds(make_strategy(values(here, sparsity=0.95)), here / "bisected", progress=quiet)
     sparsities = [t.sparsity for t in outcome.trials]
     middle = 1 - 0.5 * 0.5**0.5
@@ -463,6 +458,18 @@ def test_a_round_that_diverges_has_failed_and_the_best_is_kept(here, monkeypatch
     assert [t.holds for t in outcome.trials] == [True, True, False, False]
     assert outcome.best == 1
     assert "training diverged" in (here / "diverged/README.md").read_text()
+
+
+def test_a_round_whose_training_breaks_what_the_cut_held_is_left_as_it_was_cut(here, tmp_path):
+    with np.load(here / "train.npz") as train:
+        np.savez(tmp_path / "train.npz", images=train["images"], labels=(train["labels"] + 1) % 4)  # all of them wrong
+    wanted = values(here, sparsity=0.5, rounds={"keep": 0.5})
+    wanted["data"] = wanted["data"] | {"train": str(tmp_path / "train.npz")}
+    found = run_rounds(make_strategy(wanted), tmp_path / "out", progress=quiet)
+    assert found.trials[0].measures["drop"] > 0.5
+    assert "left as it was cut: once trained, top-1 drops by" in found.trials[1].verdict
+    assert (found.best, found.kept.measures["top1"]) == (1, found.kept.cut["top1"])
+    assert sum(int((p == 0).sum()) for p in load_file(tmp_path / "out/model.safetensors").values()) > 1500
 
 
 def test_weights_in_half_precision_are_measured_as_they_are_written(here):

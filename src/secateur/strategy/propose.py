@@ -202,6 +202,7 @@ def first_request(
 def expect(case: Case, wanted: Strategy, images: int) -> Expected:
     """By a few forwards on this machine, before anything begins."""
     model, test, norms = case.model, len(case.sets.test), case.norm_images
+    images = min(images, test)
     x = case.batches(min(images, 64))[0][0]
     layers = {s.layer.parameter: model.get_parameter(s.layer.parameter) for s in case.plan.settings}
     watch(model, layers, x)

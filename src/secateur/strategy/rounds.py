@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -184,16 +185,11 @@ def _round(work: _Work, key: dict[str, Any], place: float) -> Trial:
         return known
     number = len(work.trials)
     started = time.perf_counter()
-    model, wanted, case = _start(work), work.wanted, work.case
-    masks = Masks({})
-    before: dict[str, Any] = {}
-    if place > 0:
-        masks = cut(model, wanted.recipe, _there(model, case), place, deviations(work.reference, case.plan))
-        if wanted.rounds.rewind == "weights":
-            model.load_state_dict(work.reference.state_dict())
-        masks.apply_(model)
-        reestimate_(model, case.norm_batches(BATCH))
-        before = described(given := _answers(work, model), lost(work.dense, given))
+    wanted, case = work.wanted, work.case
+    model, masks = _cut(work, place)
+    as_cut, cut_given = copy.deepcopy(model.state_dict()), _answers(work, model) if place > 0 else work.dense
+    cut_loss = lost(work.dense, cut_given)
+    before = described(cut_given, cut_loss) if place > 0 else {}
     try:
         _train(work, model, masks, number)
         as_stored_(model, case)
@@ -203,15 +199,18 @@ def _round(work: _Work, key: dict[str, Any], place: float) -> Trial:
         return _diverged(work, key, number, place, masks, before, model, str(error))
     given = _answers(work, model)
     loss = lost(work.dense, given)
+    verdict = _verdict(wanted, loss) if place > 0 else "holds"
+    if not verdict.startswith("holds") and (left := _verdict(wanted, cut_loss)).startswith("holds"):
+        model.load_state_dict(as_cut)
+        given, loss, verdict = cut_given, cut_loss, f"{left}, left as it was cut: once trained, {verdict}"
     example = _example(case)
     times = latency({"dense": work.reference, "pruned": model}, example)
     now = {f"dense_{k}": v for k, v in times["dense"].items()} | times["pruned"]
     found = costs(model, example).as_dict()
-    verdict = _verdict(wanted, loss) if place > 0 else "holds"
     trial = Trial(
         number,
         place,
-        masks.sparsity if place > 0 else 0.0,
+        masks.sparsity,
         verdict,
         described(given, loss),
         {key: before.get(key) for key in ("top1", "drop", "kl")},
@@ -221,6 +220,20 @@ def _round(work: _Work, key: dict[str, Any], place: float) -> Trial:
     )
     _note(work, key, trial, model)
     return trial
+
+
+def _cut(work: _Work, place: float) -> tuple[nn.Module, Masks]:
+    """The best model so far, cut on to a place, batch norms estimated anew; at 0 as it was given."""
+    model, wanted, case = _start(work), work.wanted, work.case
+    if place == 0:
+        return model, Masks({})
+    masks = cut(model, wanted.recipe, _there(model, case), place, deviations(work.reference, case.plan))
+    if wanted.rounds.rewind == "weights":
+        model.load_state_dict(work.reference.state_dict())
+    masks.apply_(model)
+    reestimate_(model, case.norm_batches(BATCH))
+    as_stored_(model, case)
+    return model, masks
 
 
 def _diverged(
