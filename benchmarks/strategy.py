@@ -1,6 +1,7 @@
 """A strategy and its rounds, on real classifiers: what it proposes, where it stops, how long that takes.
 
-    python benchmarks/strategy.py resnet56          # CIFAR-10; an hour on two cores
+    python benchmarks/strategy.py resnet56          # CIFAR-10, three epochs a round; an hour on two cores
+    python benchmarks/strategy.py resnet56-short    # the same with one epoch a round
     python benchmarks/strategy.py efficientnet      # a sample of ImageNet of 1,000 images: too few to train on
     python benchmarks/strategy.py vit               # 150M random parameters: memory, and what it will take
 
@@ -62,19 +63,18 @@ def vit() -> nn.Module:
     return ViT()
 
 
+CIFAR = [
+    f"--data={SHARED}/data/cifar10/test.npz",
+    f"--train={SHARED}/data/cifar10/train.npz",
+    "--tolerance=1%",
+    "--distil=0.7",
+    "--augment=flip,crop",
+    "--precision=bfloat16",
+    "--images=128",
+]
 CASES = {
-    "resnet56": [
-        f"--data={SHARED}/data/cifar10/test.npz",
-        f"--train={SHARED}/data/cifar10/train.npz",
-        "--tolerance=1%",
-        "--epochs=1",
-        "--lr=0.02",
-        "--distil=0.7",
-        "--augment=flip,crop",
-        "--precision=bfloat16",
-        "--keep=0.65",
-        "--images=128",
-    ],
+    "resnet56": [*CIFAR, "--epochs=3", "--lr=0.05", "--keep=0.46", "--target=0.9"],
+    "resnet56-short": [*CIFAR, "--epochs=1", "--lr=0.02", "--keep=0.65"],
     "efficientnet": [
         f"--data={SHARED}/data/imagenet_sample/images.npz",
         "--mean=0.49804,0.49804,0.49804",
@@ -92,7 +92,7 @@ CASES = {
 
 def weights(name: str) -> Path:
     """The weights as a file."""
-    if name == "resnet56":
+    if name.startswith("resnet56"):
         return SHARED / "models/resnet56.safetensors"
     path = WORK / f"{name}.safetensors"
     if not path.exists():
@@ -116,7 +116,7 @@ def main() -> None:
     scan = [
         *command,
         "strategy",
-        f"--build=strategy:{asked.case}",
+        f"--build=strategy:{asked.case.partition('-')[0]}",
         f"--weights={weights(asked.case)}",
         *CASES[asked.case],
     ]

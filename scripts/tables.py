@@ -318,7 +318,8 @@ def strategy() -> str:
 
 
 CASES = {
-    "resnet56": "ResNet-56, CIFAR-10",
+    "resnet56": "ResNet-56, CIFAR-10, three epochs a round",
+    "resnet56-short": "ResNet-56, CIFAR-10, one epoch a round",
     "efficientnet": "EfficientNet-Lite0, ImageNet sample",
     "vit": "ViT, 152M random parameters",
 }
