@@ -259,7 +259,9 @@ def test_nothing_held_gives_the_model_back_and_says_so(here, monkeypatch):
     assert outcome.kept is None
     given, kept = load_file(here / "w.safetensors"), load_file(here / "nothing/model.safetensors")
     assert all(torch.equal(given[name], kept[name]) for name in given)
-    assert "Nothing held" in (here / "nothing/README.md").read_text()
+    page = (here / "nothing/README.md").read_text()
+    assert "Nothing held" in page
+    assert "What may take it further: more epochs a round" in page
 
 
 @pytest.mark.parametrize("rewind", ["learning-rate", "weights"])

@@ -254,6 +254,7 @@ def rounds(found: Outcome, folder: Path, case: Case) -> None:
         "",
         f"It ended because {found.ended}." if found.ended else "",
         *_training_costs(found),
+        *_further(found),
         "",
         "![rounds](rounds.png)",
         "",
@@ -337,7 +338,7 @@ def _beyond(asked: float, loss: Mapping[str, Any]) -> str:
     if loss["drop"] <= asked:
         return ""
     return (
-        f" **That is more than the {100 * asked:g} points that were asked for**: it holds because {loss['images']:,} "
+        f" **That is more than the {100 * asked:.2f} points that were asked for**: it holds because {loss['images']:,} "
         "images tell no better. Measure on more, or take an earlier round."
     )
 
@@ -354,6 +355,17 @@ def _training_costs(found: Outcome) -> list[str]:
         "blame what "
         "was cut.",
     ]
+
+
+def _further(found: Outcome) -> list[str]:
+    """What is left to try where rounds ended early."""
+    if all(trial.holds for trial in found.trials):
+        return []
+    settings = found.wanted.finetune
+    ways = ["more epochs a round (finetune: epochs)", "smaller steps (rounds: keep)"]
+    ways += [] if settings.distil else ["the dense model as a teacher (finetune: distil)"]
+    ways += [] if settings.augment else ["augmented images (finetune: augment)"]
+    return ["", f"What may take it further: {', '.join(ways)}, more images to train on."]
 
 
 def _trial_row(trial: Trial, classes: Sequence[str], best: int) -> tuple[str, ...]:
