@@ -26,6 +26,7 @@ from common import RESULTS, ROOT, SHARED, append, machine, rows
 from secateur.data.images import Epochs, Images, from_tensors, load_images
 from secateur.recover import Settings, finetune_, reestimate_
 from secateur.training import METHODS, Pruner
+from secateur.training.masks import Masks
 from vision import CifarResNet, fetch
 
 OUT = RESULTS / "training.jsonl"
@@ -74,7 +75,11 @@ def methods() -> Iterator[dict[str, Any]]:
 
 
 def gradual() -> Iterator[dict[str, Any]]:
-    """ResNet-56, gradually; with the dense checkpoint as a teacher of the dense net too, and without one."""
+    """ResNet-56, gradually; with the dense checkpoint as a teacher of the dense net too, and without one. solved: cut and
+    solved for in stages before training, which then has all of its epochs with the masks that stay.
+    """
+    for sparsity in (0.95, 0.9):
+        yield {"name": "solved", "sparsity": sparsity, "seed": 0, "epochs": EPOCHS, "distil": 0.7}
     for distil, sparsity in itertools.product((0.7, 0.0), (0.0, 0.8, 0.9, 0.95)):
         name = "gradual" if sparsity else "dense"
         yield {"name": name, "sparsity": sparsity, "seed": 0, "epochs": EPOCHS, "distil": distil}
@@ -109,27 +114,31 @@ def _oneshot(cell: dict[str, Any], device: str) -> dict[str, Any]:
     if name == "dense":
         return {"accuracy": accuracy(model, device)}
     steps = 5 if base == "stages" else 1
-    found = None
-    for step in range(1, steps + 1):
-        recipe = secateur.method(
-            "admm" if base == "stages" else base,
-            sparsity=1 - (1 - sparsity) ** (step / steps),
-            allocation=allocation or "uniform",
-            protect=ENDS,
-        )
-        found = secateur.prune_(model, recipe, data if recipe.needs() else None)
-        if steps > 1:
-            reestimate_(model, data)  # the next stage sees the statistics of this one
-    assert found is not None
+    reached = _cut(model, "admm" if base == "stages" else base, sparsity, allocation or "uniform", data, steps)
     seconds = time.perf_counter() - started
     plain = accuracy(model, device)
     reestimate_(model, data)
     return {
         "accuracy": plain,
         "reestimated": accuracy(model, device),
-        "reached": round(found.sparsity, 4),
+        "reached": round(reached, 4),
         "seconds": round(seconds, 1),
     }
+
+
+def _cut(
+    model: nn.Module, method: str, sparsity: float, allocation: str, data: list[torch.Tensor], steps: int
+) -> float:
+    """In so many steps, each of the same share of what is left; the sparsity that was reached."""
+    reached = 0.0
+    for step in range(1, steps + 1):
+        recipe = secateur.method(
+            method, sparsity=1 - (1 - sparsity) ** (step / steps), allocation=allocation, protect=ENDS
+        )
+        reached = secateur.prune_(model, recipe, data if recipe.needs() else None).sparsity
+        if steps > 1:
+            reestimate_(model, data)  # the next stage sees the statistics of this one
+    return reached
 
 
 def _trained(depth: int, cell: dict[str, Any], device: str) -> dict[str, Any]:
@@ -145,15 +154,28 @@ def _trained(depth: int, cell: dict[str, Any], device: str) -> dict[str, Any]:
     )
     batches = Epochs(cifar("train", device), settings.batch, settings.seed, settings.augment, device)
     held: list[Pruner] = []
+    started = time.perf_counter()
+    if name == "solved":
+        _cut(
+            model,
+            "admm",
+            sparsity,
+            "lamp",
+            [x for x, _ in cifar("train", device).sample(1024, 0).batches(128, device)],
+            5,
+        )
+    solved = Masks.of_zeros(model) if name == "solved" else None
 
     def prune(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> Pruner:
         criterion, method = ("random", "static") if name == "random" else ("magnitude", name)
+        if solved is not None:
+            method = "static"
         allocation = "global" if depth == 56 else "erdos-renyi"
         recipe = secateur.method(criterion, sparsity=sparsity, allocation=allocation, protect=ENDS, seed=settings.seed)
-        held.append(Pruner(model, recipe, optimizer, steps, method=method, end=0.5 if depth == 56 else 0.75))
+        end = 0.5 if depth == 56 else 0.75
+        held.append(Pruner(model, recipe, optimizer, steps, method=method, end=end, masks=solved))
         return held[0]
 
-    started = time.perf_counter()
     folder = ROOT / f"build/training/{depth}-{name}-{sparsity}-{cell['seed']}-{cell['epochs']}-{settings.distil}"
     history = finetune_(
         model,
