@@ -120,10 +120,7 @@ def main() -> None:
         f"--weights={weights(asked.case)}",
         *CASES[asked.case],
     ]
-    if asked.case == "vit":
-        row = {"case": asked.case, "expected": _json([*scan, f"--out={out}", "--dry-run"])["expected"]}
-    else:
-        row = {"case": asked.case}
+    row = {"case": asked.case, "expected": _json([*scan, f"--out={WORK}/{asked.case}-dry", "--dry-run"])["expected"]}
     if not out.exists():
         _json([*scan, f"--out={out}", "--resume"])
     found = json.loads((out / "strategy.json").read_text(encoding="utf-8"))
@@ -131,7 +128,7 @@ def main() -> None:
         "dense": found["dense"]["top1"],
         "allocation": "measured" if found["recipe"]["overrides"] else found["recipe"]["allocation"],
         "scan_seconds": found["seconds"]["scan"],
-        "peak_gb": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6,
+        "peak_gb": _peak(),
     }
     if asked.case != "vit" and not asked.no_rounds:
         result = _json([*command, "run", str(out / "recipe.yaml"), "--resume"])
@@ -141,9 +138,13 @@ def main() -> None:
         kept = next(t for t in result["trials"] if t["number"] == result["best"])
         row |= {"ended": result["ended"], "sparsity": result["sparsity"], "drop": kept["measures"]["drop"]}
         row |= {"noise": kept["measures"]["noise"], "top1": kept["measures"]["top1"], "trials": trials}
-        row |= {"run_seconds": result["seconds"]}
+        row |= {"run_seconds": result["seconds"], "run_peak_gb": _peak()}
     append(OUT, row | {"machine": machine()})
     print(json.dumps(row, indent=1))
+
+
+def _peak() -> float:
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
 
 
 def _json(command: list[str]) -> dict:

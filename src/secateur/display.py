@@ -460,8 +460,8 @@ def before_strategy(expected: ExpectedScan, tolerance: float) -> RenderableType:
     """What is coming, before it begins. tolerance: of top-1, as a share."""
     return Text(
         f"{expected.cells:,} cuts to be tested, one layer at a time: about {_duration(expected.scan)} and "
-        f"{expected.memory / 1e9:.1f} GB. Each of {expected.rounds} rounds later: about {_duration(expected.round)}. "
-        f"They may lose {_tolerance(tolerance)}.\n"
+        f"{expected.memory / 1e9:.1f} GB. Each of {expected.rounds} rounds later: about {_duration(expected.round)} and "
+        f"{expected.round_memory / 1e9:.1f} GB. They may lose {_tolerance(tolerance)}.\n"
     )
 
 
@@ -469,7 +469,8 @@ def before_rounds(expected: ExpectedScan, tolerance: float) -> RenderableType:
     """Likewise."""
     return Text(
         f"The dense model and up to {expected.rounds} rounds of cutting, training and measuring, about "
-        f"{_duration(expected.round)} each; about {expected.memory / 1e9:.1f} GB. They may lose {_tolerance(tolerance)}.\n"
+        f"{_duration(expected.round)} each; about {expected.round_memory / 1e9:.1f} GB. They may lose "
+        f"{_tolerance(tolerance)}.\n"
     )
 
 

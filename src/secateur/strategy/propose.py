@@ -92,12 +92,13 @@ class Proposal:
 
 @dataclass(frozen=True)
 class Expected:
-    """What a proposal will take. seconds of the scan; of a round of the recipe; bytes of memory."""
+    """What a proposal will take: seconds and bytes of memory of the scan, and of each round of the recipe."""
 
     scan: float
     round: float
     rounds: int
     memory: int
+    round_memory: int
     cells: int
 
 
@@ -212,12 +213,14 @@ def expect(case: Case, wanted: Strategy, images: int) -> Expected:
     spread = len(TARGETS) * len(ALLOCATIONS) * (images + norms)
     trained = wanted.finetune.epochs * len(case.sets.train) * (4.5 if wanted.finetune.distil else 3.5)
     stored = sum(p.numel() * p.element_size() for p in model.parameters())
+    test_memory = PROCESS + stored + 3 * seen.largest * 64 // len(x)
     scores = 20 * sum(p.numel() for p in layers.values())  # each as a float, all of them together, and those sorted
     return Expected(
         one * (each * images + spread + test + images + TIMED),
         one * (trained + 2 * test + norms + 2 * TIMED),
         len(progresses(wanted.recipe, wanted.rounds.keep)) + wanted.rounds.bisect,
-        PROCESS + stored + max(stored + scores, min(seen.all, LIMIT)) + 3 * seen.largest * 64 // len(x),
+        test_memory + max(stored + scores, min(seen.all, LIMIT)),
+        test_memory + 4 * stored + max(scores, seen.all * min(wanted.finetune.batch, len(case.sets.train)) // len(x)),
         len(CUTS) * len(layers),
     )
 
