@@ -133,7 +133,8 @@ class Case:
     @property
     def norm_images(self) -> int:
         """How many images its batch norms are estimated on."""
-        return 64 * NORM_BATCHES if any(isinstance(module, NORMS) for module in self.model.modules()) else 0
+        norms = any(isinstance(module, NORMS) for module in self.model.modules())
+        return min(64 * NORM_BATCHES, len(self.sets.train)) if norms else 0
 
     def norm_batches(self, size: int) -> list[Tensor]:
         """Training images for batch norms, drawn; none where there are no norms."""
