@@ -128,6 +128,7 @@ def main() -> None:
         "dense": found["dense"]["top1"],
         "allocation": "measured" if found["recipe"]["overrides"] else found["recipe"]["allocation"],
         "scan_seconds": found["seconds"]["scan"],
+        "strategy_seconds": found["seconds"]["total"],
         "peak_gb": _peak(),
     }
     if asked.case != "vit" and not asked.no_rounds:

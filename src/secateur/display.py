@@ -27,7 +27,7 @@ from secateur.plan import Plan
 from secateur.prune import LayerReport, Report
 from secateur.recipe import ABOUT, METHODS, Recipe, to_yaml
 from secateur.smaller import Shrunk
-from secateur.strategy.pages import chance
+from secateur.strategy.pages import chance, reach
 from secateur.strategy.propose import Expected as ExpectedScan
 from secateur.strategy.propose import Proposal
 from secateur.strategy.rounds import Outcome
@@ -507,6 +507,7 @@ def strategy(found: Proposal, out: Path) -> RenderableType:
         *([Text(warning, style="bold red")] if (warning := chance(dense)) else []),
         table,
         *([f"and {more} more layers"] if more > 0 else []),
+        reach(found),
         f"{len(found.rounds)} rounds to {found.wanted.sparsity:.0%}. Look at {out}/README.md, then: secateur run "
         f"{shlex.quote(str(out / 'recipe.yaml'))}",
     )

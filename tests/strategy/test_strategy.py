@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from secateur.measure.classify import Loss, answers, lost
 from secateur.plan import make_plan
 from secateur.recipe import method
 from secateur.recover import Settings, finetune_
-from secateur.strategy import make_strategy, rounds, run_rounds
+from secateur.strategy import make_strategy, pages, rounds, run_rounds
 from secateur.strategy.propose import ALLOCATIONS, Allocated, best_allocation, examine
 from secateur.strategy.scan import Probe, measured_sparsities, probe
 
@@ -213,6 +214,17 @@ def test_the_allocation_that_hurts_least_is_chosen():
 
 def loss(drop=0.0, noise=0.0, sure=-1.0) -> Loss:
     return Loss(drop, noise, 0.0, 0.0, 2, sure, ())
+
+
+def test_a_page_says_how_far_there_is_something_to_begin_from():
+    found = SimpleNamespace(wanted=SimpleNamespace(overrides=[], allocation="lamp"), dense={"top1": 0.9})
+    found.allocated = [Allocated("global", s, 0.9, 0.0) for s in (0.5, 0.8, 0.9)]
+    found.allocated += [Allocated("lamp", s, top1, 0.0) for s, top1 in ((0.5, 0.8), (0.8, 0.46), (0.9, 0.44))]
+    assert pages.reach(found).startswith("Before any training the model has 46.0 % of top-1 at 80 %, 44.0 % at 90 %: ")
+    found.dense["top1"] = 0.8
+    assert pages.reach(found) == "Before any training the model keeps more than half of its top-1 up to 90 %."
+    found.dense["top1"] = 2.0
+    assert pages.reach(found).startswith("Before any training the model has 80.0 % at 50 %: ")
 
 
 def test_stop_rules(home):

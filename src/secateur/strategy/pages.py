@@ -67,7 +67,9 @@ def strategy(found: Proposal, folder: Path, out: Path) -> None:
             [(name, *(f"{kl:.3f}" for kl in kls)) for name, kls in _by_allocation(found).items()],
         ),
         "",
-        f"Chosen: **{_allocation(found)}**. Protected: {', '.join(found.protected) or 'nothing'}.",
+        f"Chosen: **{_allocation(found)}**. {reach(found)}",
+        "",
+        f"Protected: {', '.join(found.protected) or 'nothing'}.",
         "",
         *_proposal(found, out),
     ]
@@ -81,6 +83,22 @@ def chance(dense: Mapping[str, Any]) -> str:
     return (
         "The dense model is no better than chance here: these are not its weights or its classes, or the images are "
         "scaled otherwise than in its training (--size, --mean, --std). What follows means nothing then."
+    )
+
+
+def reach(found: Proposal) -> str:
+    """How far there is something left for training to begin from: half of the dense model's top-1, before any training."""
+    name = "measured" if found.wanted.overrides else found.wanted.allocation
+    own = sorted((a.sparsity, a.top1) for a in found.allocated if a.allocation == name)
+    short = next(((s, top1) for s, top1 in own if top1 < found.dense["top1"] / 2), None)
+    if short is None:
+        return f"Before any training the model keeps more than half of its top-1 up to {_percent(own[-1][0], 0)}."
+    kept = [(s, top1) for s, top1 in own if s < short[0]]
+    before = f"{_percent(kept[-1][1])} of top-1 at {_percent(kept[-1][0], 0)}, " if kept else ""
+    return (
+        f"Before any training the model has {before}{_percent(short[1])} at {_percent(short[0], 0)}: from there on little "
+        "is left to begin from, and rounds that get there take long training and many images, if they do. A compact net "
+        "comes to this point early."
     )
 
 
