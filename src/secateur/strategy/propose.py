@@ -216,12 +216,13 @@ def expect(case: Case, wanted: Strategy, images: int) -> Expected:
     stored = sum(p.numel() * p.element_size() for p in model.parameters())
     test_memory = PROCESS + stored + 3 * seen.largest * 64 // len(x)
     scores = 20 * sum(p.numel() for p in layers.values())  # each as a float, all of them together, and those sorted
+    backward = 3 * seen.all * min(wanted.finetune.batch, len(case.sets.train)) // (2 * len(x))  # with its buffers
     return Expected(
         one * (each * images + spread + test + images + TIMED),
         one * (trained + 2 * test + norms + 2 * TIMED),
         len(progresses(wanted.recipe, wanted.rounds.keep)) + wanted.rounds.bisect,
         test_memory + max(stored + scores, min(seen.all, LIMIT)),
-        test_memory + 4 * stored + max(scores, seen.all * min(wanted.finetune.batch, len(case.sets.train)) // len(x)),
+        test_memory + 4 * stored + max(scores, backward),
         len(CUTS) * len(layers),
     )
 
