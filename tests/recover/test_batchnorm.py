@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 from secateur.errors import SecateurError
-from secateur.recover import reestimate_
+from secateur.recover import reestimate_, settle_
 
 
 def net() -> nn.Sequential:
@@ -51,3 +53,25 @@ def test_batches_that_were_used_up_are_told_and_nothing_is_lost():
         reestimate_(model, iter([]))
     assert torch.equal(model[1].running_mean, before)
     assert float(before.abs().sum()) > 0
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_as_much_of_the_new_statistics_is_taken_as_brings_it_closest(share):
+    model = net().eval()
+    batches = list(3 * torch.randn(3, 8, 3, 10, 10, generator=torch.Generator().manual_seed(1)) + 1)
+    new = copy.deepcopy(model)
+    reestimate_(new, batches)
+    wanted = {n: b.lerp(new.get_buffer(n), share) for n, b in model.named_buffers() if b.is_floating_point()}
+
+    def distance() -> float:
+        return sum(float((model.get_buffer(n) - value).abs().sum()) for n, value in wanted.items())
+
+    assert settle_(model, batches, distance) == share
+    assert all(torch.allclose(model.get_buffer(n), value) for n, value in wanted.items())
+
+
+def test_a_net_without_norms_is_not_asked():
+    assert settle_(nn.Linear(3, 2), [], lambda: pytest.fail("asked")) == 0.0
+    norm = nn.BatchNorm1d(3).eval()
+    assert settle_(norm, [torch.randn(8, 3) + 2], lambda: -float(norm.running_mean.sum())) == 1.0
+    assert float(norm.running_mean.sum()) > 3

@@ -1,6 +1,6 @@
 """What gives a pruned model its quality back."""
 
-from secateur.recover.batchnorm import reestimate_
+from secateur.recover.batchnorm import reestimate_, settle_
 from secateur.recover.finetune import Epoch, Settings, finetune_
 
-__all__ = ["Epoch", "Settings", "finetune_", "reestimate_"]
+__all__ = ["Epoch", "Settings", "finetune_", "reestimate_", "settle_"]

@@ -58,7 +58,7 @@ def strategy(found: Proposal, folder: Path, out: Path) -> None:
         "",
         "## How to spread it over the layers",
         "",
-        "The whole model at four sparsities, batch norms estimated anew, nothing trained:",
+        "The whole model at four sparsities, batch norms settled, nothing trained:",
         "",
         "![allocations](allocations.png)",
         "",
@@ -145,10 +145,9 @@ def _proposal(found: Proposal, out: Path) -> list[str]:
         "## What to do",
         "",
         f"`recipe.yaml` goes in {len(found.rounds)} rounds: {steps} of the weights in all. Each one cuts by magnitude, "
-        "estimates "
-        f"batch norms anew, trains {_epochs(wanted.finetune.epochs)} with the learning rate rewound to "
-        f"{wanted.finetune.lr:g}, "
-        "and measures. The dense model gets one such training, too, to be compared with.",
+        "settles batch norms (none, half or all of the statistics of the cut model, whichever brings its answers closest), "
+        f"trains {_epochs(wanted.finetune.epochs)} with the learning rate rewound to {wanted.finetune.lr:g}, and measures. "
+        "The dense model gets one such training, too, to be compared with.",
         "",
         "    " + f"secateur run {shlex.quote(str(out / 'recipe.yaml'))}",
         "",

@@ -28,7 +28,7 @@ from secateur.module import find_function, fresh, open_weights
 from secateur.pipeline import check_out
 from secateur.plan import Plan, make_plan
 from secateur.recipe import Override, Recipe, method
-from secateur.recover import reestimate_
+from secateur.recover import settle_
 from secateur.recover.batchnorm import NORMS
 from secateur.recover.finetune import disk
 from secateur.strategy import pages
@@ -50,7 +50,7 @@ Progress = Callable[[str, int, int, str], None]
 
 @dataclass(frozen=True)
 class Allocated:
-    """The whole model at a sparsity, by an allocation, batch norms estimated anew, nothing trained."""
+    """The whole model at a sparsity, by an allocation, batch norms settled, nothing trained."""
 
     allocation: str
     sparsity: float
@@ -211,7 +211,7 @@ def expect(case: Case, wanted: Strategy, images: int) -> Expected:
     seen = watch(model, layers, x)
     one = seen.seconds / len(x)
     each = sum((len(CUTS) + 1) * (1 - begins) + begins for begins in seen.begins.values())
-    spread = len(TARGETS) * len(ALLOCATIONS) * (images + norms)
+    spread = len(TARGETS) * len(ALLOCATIONS) * (4 * images + norms)
     trained = wanted.finetune.epochs * len(case.sets.train) * (4.5 if wanted.finetune.distil else 3.5)
     stored = sum(p.numel() * p.element_size() for p in model.parameters())
     test_memory = PROCESS + stored + 3 * seen.largest * 64 // len(x)
@@ -219,7 +219,7 @@ def expect(case: Case, wanted: Strategy, images: int) -> Expected:
     backward = 3 * seen.all * min(wanted.finetune.batch, len(case.sets.train)) // (2 * len(x))  # with its buffers
     return Expected(
         one * (each * images + spread + test + images + TIMED),
-        one * (trained + 2 * test + norms + 2 * TIMED),
+        one * (trained + 2 * test + norms + 4 * IMAGES + 2 * TIMED),
         len(progresses(wanted.recipe, wanted.rounds.keep)) + wanted.rounds.bisect,
         test_memory + max(stored + scores, min(seen.all, LIMIT)),
         test_memory + 4 * stored + max(scores, backward),
@@ -383,7 +383,7 @@ def _allocations(
         recipe = allocation_recipe(wanted, allocation, target, probes, sizes)
         masks = cut(model, recipe, Masks({}), 1.0)
         masks.apply_(model)
-        reestimate_(model, norms)
+        settle_(model, norms, lambda model=model: lost(dense, answers(model, batches)).kl)
         given = answers(model, batches)
         found.append(Allocated(allocation, masks.sparsity, given.top1.value, lost(dense, given).kl))
     progress("allocate", len(grid), len(grid), "done")

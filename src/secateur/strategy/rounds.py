@@ -1,4 +1,4 @@
-"""Rounds: cut, estimate batch norms anew, train, measure; go on while it holds, halve the last step, keep the best."""
+"""Rounds: cut, settle batch norms, train, measure; go on while it holds, halve the last step, keep the best."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from secateur.measure.costs import costs, latency
 from secateur.module import fresh, open_weights
 from secateur.pipeline import check_out
 from secateur.probe import TOLERANCE, answer, difference
-from secateur.recover import finetune_, reestimate_
+from secateur.recover import finetune_, settle_
 from secateur.recover.finetune import CHECKPOINT, LOG, Diverged, disk
 from secateur.strategy import pages
-from secateur.strategy.propose import Case, examine
+from secateur.strategy.propose import IMAGES, Case, examine
 from secateur.strategy.request import Strategy
 from secateur.stream.checkpoint import DTYPES
 from secateur.training.masks import Masks, named
@@ -223,7 +223,7 @@ def _round(work: _Work, key: dict[str, Any], place: float) -> Trial:
 
 
 def _cut(work: _Work, place: float) -> tuple[nn.Module, Masks]:
-    """The best model so far, cut on to a place, batch norms estimated anew; at 0 as it was given."""
+    """The best model so far, cut on to a place, batch norms settled; at 0 as it was given."""
     model, wanted, case = _start(work), work.wanted, work.case
     if place == 0:
         return model, Masks({})
@@ -231,7 +231,9 @@ def _cut(work: _Work, place: float) -> tuple[nn.Module, Masks]:
     if wanted.rounds.rewind == "weights":
         model.load_state_dict(work.reference.state_dict())
     masks.apply_(model)
-    reestimate_(model, case.norm_batches(BATCH))
+    batches = case.batches(IMAGES)
+    dense = answers(work.reference, batches)
+    settle_(model, case.norm_batches(BATCH), lambda: lost(dense, answers(model, batches)).kl)
     as_stored_(model, case)
     return model, masks
 
