@@ -134,7 +134,8 @@ def main() -> None:
     if asked.case != "vit" and not asked.no_rounds:
         result = _json([*command, "run", str(out / "recipe.yaml"), "--resume"])
         trials = [
-            {k: t[k] for k in ("sparsity", "verdict")} | {"drop": t["measures"]["drop"]} for t in result["trials"]
+            {k: t[k] for k in ("sparsity", "verdict")} | {k: t["measures"][k] for k in ("drop", "noise")}
+            for t in result["trials"]
         ]
         kept = next(t for t in result["trials"] if t["number"] == result["best"])
         row |= {"ended": result["ended"], "sparsity": result["sparsity"], "drop": kept["measures"]["drop"]}

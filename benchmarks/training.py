@@ -155,16 +155,11 @@ def _trained(depth: int, cell: dict[str, Any], device: str) -> dict[str, Any]:
     batches = Epochs(cifar("train", device), settings.batch, settings.seed, settings.augment, device)
     held: list[Pruner] = []
     started = time.perf_counter()
+    solved = None
     if name == "solved":
-        _cut(
-            model,
-            "admm",
-            sparsity,
-            "lamp",
-            [x for x, _ in cifar("train", device).sample(1024, 0).batches(128, device)],
-            5,
-        )
-    solved = Masks.of_zeros(model) if name == "solved" else None
+        data = [x for x, _ in cifar("train", device).sample(1024, 0).batches(128, device)]
+        _cut(model, "admm", sparsity, "lamp", data, 5)
+        solved = Masks.of_zeros(model)
 
     def prune(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> Pruner:
         criterion, method = ("random", "static") if name == "random" else ("magnitude", name)

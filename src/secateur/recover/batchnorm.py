@@ -24,7 +24,7 @@ def reestimate_(model: nn.Module, batches: Iterable[Any]) -> int:
 
     Raises SecateurError when there are no batches; the statistics are then what they were.
     """
-    norms = [module for module in model.modules() if isinstance(module, NORMS) and module.track_running_stats]
+    norms = list(_norms(model).values())
     if not norms:
         return 0
     modes = [(module, module.training) for module in model.modules()]
@@ -73,11 +73,15 @@ def settle_(model: nn.Module, batches: Iterable[Any], distance: Callable[[], flo
     return best
 
 
+def _norms(model: nn.Module) -> dict[str, Any]:
+    """Those that keep statistics."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, NORMS) and m.track_running_stats}
+
+
 def _statistics(model: nn.Module) -> dict[str, Tensor]:
     """Running means and variances."""
-    norms = {n: m for n, m in model.named_modules() if isinstance(m, NORMS) and m.track_running_stats}
     parts = ("running_mean", "running_var")
-    return {f"{name}.{part}": getattr(norm, part).clone() for name, norm in norms.items() for part in parts}
+    return {f"{name}.{part}": getattr(norm, part).clone() for name, norm in _norms(model).items() for part in parts}
 
 
 def _mix_(model: nn.Module, old: dict[str, Tensor], new: dict[str, Tensor], share: float) -> None:

@@ -88,8 +88,7 @@ def chance(dense: Mapping[str, Any]) -> str:
 
 def reach(found: Proposal) -> str:
     """How far there is something left for training to begin from: half of the dense model's top-1, before any training."""
-    name = "measured" if found.wanted.overrides else found.wanted.allocation
-    own = sorted((a.sparsity, a.top1) for a in found.allocated if a.allocation == name)
+    own = sorted((a.sparsity, a.top1) for a in found.allocated if a.allocation == _chosen(found))
     short = next(((s, top1) for s, top1 in own if top1 < found.dense["top1"] / 2), None)
     if short is None:
         return f"Before any training the model keeps more than half of its top-1 up to {_percent(own[-1][0], 0)}."
@@ -102,8 +101,13 @@ def reach(found: Proposal) -> str:
     )
 
 
+def _chosen(found: Proposal) -> str:
+    return "measured" if found.wanted.overrides else found.wanted.allocation
+
+
 def _allocation(found: Proposal) -> str:
-    return "measured (a sparsity of its own for every layer)" if found.wanted.overrides else found.wanted.allocation
+    name = _chosen(found)
+    return "measured (a sparsity of its own for every layer)" if name == "measured" else name
 
 
 def _layer_table(found: Proposal) -> list[str]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from secateur.card import environment
 from secateur.data.images import Epochs
@@ -60,7 +60,7 @@ class Trial:
 
     @property
     def holds(self) -> bool:
-        return self.verdict.startswith("holds")
+        return _held(self.verdict)
 
 
 @dataclass
@@ -102,12 +102,13 @@ class Outcome:
 
 @dataclass
 class _Work:
-    """Rounds that are under way."""
+    """Rounds that are under way. sample: what batch norms are settled by, and the dense model's answers to it."""
 
     wanted: Strategy
     case: Case
     folder: Path
     dense: Answers
+    sample: tuple[list[tuple[Tensor, Tensor]], Answers]
     reference: nn.Module
     progress: Progress
     trials: list[Trial] = field(default_factory=list)
@@ -137,7 +138,9 @@ def run_rounds(
     reference = fresh(case.make, case.weights, "auto", device)
     progress("measure", 0, 1, "the dense model")
     dense = answers(reference, case.sets.test.batches(BATCH, device))
-    work = _Work(wanted, case, folder, dense, reference, progress, trials, best)
+    batches = case.batches(IMAGES)
+    sample = (batches, answers(reference, batches))
+    work = _Work(wanted, case, folder, dense, sample, reference, progress, trials, best)
     earlier = sum(trial.seconds for trial in trials)
     ended = _all(work, key)
     outcome = Outcome(
@@ -200,7 +203,7 @@ def _round(work: _Work, key: dict[str, Any], place: float) -> Trial:
     given = _answers(work, model)
     loss = lost(work.dense, given)
     verdict = _verdict(wanted, loss) if place > 0 else "holds"
-    if not verdict.startswith("holds") and (left := _verdict(wanted, cut_loss)).startswith("holds"):
+    if not _held(verdict) and _held(left := _verdict(wanted, cut_loss)):
         model.load_state_dict(as_cut)
         given, loss, verdict = cut_given, cut_loss, f"{left}, left as it was cut: once trained, {verdict}"
     example = _example(case)
@@ -231,8 +234,7 @@ def _cut(work: _Work, place: float) -> tuple[nn.Module, Masks]:
     if wanted.rounds.rewind == "weights":
         model.load_state_dict(work.reference.state_dict())
     masks.apply_(model)
-    batches = case.batches(IMAGES)
-    dense = answers(work.reference, batches)
+    batches, dense = work.sample
     settle_(model, case.norm_batches(BATCH), lambda: lost(dense, answers(model, batches)).kl)
     as_stored_(model, case)
     return model, masks
@@ -325,6 +327,10 @@ def _verdict(wanted: Strategy, loss: Loss) -> str:
             "the mean or the tolerance"
         )
     return "holds" if loss.drop <= stop.drop else "holds within the noise"
+
+
+def _held(verdict: str) -> bool:
+    return verdict.startswith("holds")
 
 
 def _goal(wanted: Strategy, trial: Trial) -> str:
