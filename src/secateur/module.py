@@ -159,8 +159,10 @@ def _here_on_path() -> Iterator[None]:
         sys.path.remove(here)
 
 
-def fresh(make: Callable[[], nn.Module], weights: Checkpoint, dtype: str, device: str) -> nn.Module:
-    """The module with the file's weights, in eval mode."""
+def fresh(
+    make: Callable[[], nn.Module], weights: Checkpoint, dtype: str, device: str, *, frozen: bool = True
+) -> nn.Module:
+    """The module with the file's weights, in eval mode; frozen, or to be trained as far as `make` lets it be."""
     name = getattr(make, "__name__", str(make))
     try:
         with _here_on_path():
@@ -171,7 +173,7 @@ def fresh(make: Callable[[], nn.Module], weights: Checkpoint, dtype: str, device
         raise SecateurError(f"{name}() returned a {type(module).__name__}; expected a torch.nn.Module")
     _load(module, weights)
     module = module.to(device) if dtype == "auto" else module.to(device, getattr(torch, dtype))
-    return module.eval().requires_grad_(False)
+    return module.eval().requires_grad_(False) if frozen else module.eval()
 
 
 def _load(module: nn.Module, weights: Checkpoint) -> None:

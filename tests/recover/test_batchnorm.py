@@ -75,3 +75,12 @@ def test_a_net_without_norms_is_not_asked():
     norm = nn.BatchNorm1d(3).eval()
     assert settle_(norm, [torch.randn(8, 3) + 2], lambda: -float(norm.running_mean.sum())) == 1.0
     assert float(norm.running_mean.sum()) > 3
+
+
+def test_what_fails_leaves_the_statistics_as_they_were():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    model.train()(torch.randn(8, 4))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="more than 1 value"):
+        reestimate_(model, [torch.randn(8, 4), torch.randn(1, 4)])
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

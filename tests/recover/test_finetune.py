@@ -67,7 +67,7 @@ def test_a_teacher_is_matched_by_the_loss_of_the_paper():
     model, teacher = tiny().eval(), tiny(1)
     settings = Settings(distil=0.3, temperature=4.0)
     run = finetune._Run(model, torch.optim.SGD(model.parameters()), None, settings, 1, None, [])
-    found = finetune._loss(run, (X, Y), X.device, teacher.eval(), first=True).detach()
+    found = finetune._loss(run, (X, Y), X.device, teacher.eval()).detach()
     p, q = (m(X).detach().double() / 4 for m in (teacher, model))
     kl = (p.softmax(1) * (p.log_softmax(1) - q.log_softmax(1))).sum(1).mean()
     hard = nn.functional.cross_entropy(model(X).detach().double(), Y)
@@ -247,3 +247,33 @@ def test_weights_that_overflow_under_masks_are_a_training_that_diverged():
 
     with pytest.raises(finetune.Diverged, match="the loss is nan in step"):
         finetune_(tiny(), epochs(), Settings(epochs=3, lr=1e30), prune=prune)
+
+
+def test_labels_are_looked_at_in_every_batch():
+    wrong = Y.clone()
+    wrong[90] = 3
+    with pytest.raises(SecateurError, match="labels are 0 to 3; the model has 3 classes"):
+        finetune_(tiny(), [(X[:32], Y[:32]), (X[32:64], Y[32:64]), (X[64:], wrong[64:])], Settings(epochs=1))
+
+
+def test_an_epoch_without_steps_is_told():
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X, Y), batch_size=200, drop_last=True)
+    with pytest.raises(SecateurError, match="an epoch has no steps"):
+        finetune_(tiny(), loader, Settings(epochs=1))
+
+
+def test_a_log_that_a_killed_run_did_not_write_is_written_when_it_goes_on(tmp_path, monkeypatch):
+    finetune_(tiny(), epochs(), Settings(epochs=2), folder=tmp_path / "whole")
+
+    def killed(run):
+        if len(run.history) > 1:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(finetune, "_write_log", killed)
+        with pytest.raises(KeyboardInterrupt):
+            finetune_(tiny(), epochs(), Settings(epochs=2), folder=tmp_path / "killed")
+    finetune_(tiny(), epochs(), Settings(epochs=2), folder=tmp_path / "killed", resume=True)
+    whole, other = ((tmp_path / name / "log.jsonl").read_text().splitlines() for name in ("whole", "killed"))
+    assert [json.loads(line)["loss"] for line in other] == [json.loads(line)["loss"] for line in whole]
+    assert len(other) == 2

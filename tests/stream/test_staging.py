@@ -219,14 +219,14 @@ def test_a_run_that_finishes_in_between(checkpoint: Checkpoint, out: Path, monke
     import secateur.stream.staging as module
 
     first = Staging(checkpoint, out, {}, resume=False)
-    lock = module._lock
+    lock = module.locked
 
     def late(file: IO[bytes]) -> bool:
         if not out.exists():
             finished(first, {})
         return lock(file)
 
-    monkeypatch.setattr(module, "_lock", late)
+    monkeypatch.setattr(module, "locked", late)
     with pytest.raises(SecateurError, match="another run is writing"):
         Staging(checkpoint, out, {}, resume=True)
     assert sorted(path.name for path in out.parent.iterdir()) == ["out"]

@@ -1,9 +1,10 @@
-"""Train a small net on one process, or on two ranks with half of the batch each, and write what came out."""
+"""Train a small net by several methods, on one process or on two ranks with half of the batch each; write what came out."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,23 +31,34 @@ def _local(values: torch.Tensor) -> torch.Tensor:
     return full
 
 
+METHODS = ("rigl", "set", "movement")  # gradients, random numbers, a memory
+
+
 def main(how: str, out: Path, without: str = "") -> None:
     """how: one, ddp, fsdp, or apart: two ranks that nothing keeps together. without: a mechanism to take away."""
     if without:
         WITHOUT[without]()
+    if how != "one":
+        dist.init_process_group("gloo")
+    found = {method: trained(how, method) for method in METHODS}
+    torch.save(found, out / f"{'one' if how == 'one' else dist.get_rank()}.pt")
+    if how != "one":
+        dist.destroy_process_group()
+
+
+def trained(how: str, method: str) -> dict[str, Any]:
+    """The masks and weights that a training ends with."""
     torch.manual_seed(0)
     model: nn.Module = nn.Sequential(
         nn.Linear(20, 20), nn.ReLU(), nn.Linear(20, 20), nn.ReLU(), nn.Linear(20, 4)
     ).double()
     x = torch.randn(64, 20, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     y = x[:, :4].argmax(1)
-    rank = 0
     if how != "one":
-        dist.init_process_group("gloo")
         rank = dist.get_rank()
         x, y = x[32 * rank : 32 * rank + 32], y[32 * rank : 32 * rank + 32]
+        torch.manual_seed(rank)  # random numbers of a rank's own decide nothing
     if how == "apart":
-        torch.manual_seed(rank)
         model[0].reset_parameters()  # type: ignore[index, operator]
     if how == "ddp":
         model = nn.parallel.DistributedDataParallel(model)
@@ -59,7 +71,7 @@ def main(how: str, out: Path, without: str = "") -> None:
             fully_shard(layer, mesh=mesh)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     recipe = secateur.method("magnitude", sparsity=0.8, protect=("4",))
-    held = Pruner(model, recipe, optimizer, 40, method="rigl", every=4)
+    held = Pruner(model, recipe, optimizer, 40, method=method, every=4)
     violations = 0
     for _ in range(40):
         optimizer.zero_grad()
@@ -70,10 +82,8 @@ def main(how: str, out: Path, without: str = "") -> None:
     for name, parameter in model.named_parameters():
         value = parameter.detach()
         weights[name.removeprefix("module.")] = value.full_tensor() if hasattr(value, "full_tensor") else value.clone()
-    found = {"digest": held.masks.digest(), "weights": weights, "violations": violations}
-    torch.save(found, out / f"{'one' if how == 'one' else rank}.pt")
-    if how != "one":
-        dist.destroy_process_group()
+    changed = sum(refresh.changed for refresh in held.report().refreshes[1:])
+    return {"digest": held.masks.digest(), "weights": weights, "violations": violations, "changed": changed}
 
 
 if __name__ == "__main__":

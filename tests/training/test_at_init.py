@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -88,17 +90,31 @@ def test_snip_is_taylor_on_a_batch_before_the_first_step():
 
 @pytest.mark.parametrize("criterion", ["wanda", "ria", "obs", "obd"])
 @pytest.mark.parametrize("granularity", ["layer", "2:4"])
-def test_criteria_of_calibration_data_work_in_training(criterion, granularity):
+def test_criteria_of_calibration_data_choose_what_one_cut_of_the_model_chooses(criterion, granularity):
+    """Each time of the model as it is then: its weights after the step, under the masks of the time before."""
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    stepped: dict[str, torch.Tensor] = {}
+    optimizer.register_step_post_hook(lambda *_: stepped.update(copy.deepcopy(model.state_dict())))
     amount = {} if ":" in granularity else {"sparsity": 0.8}
     recipe = secateur.method(criterion, granularity=granularity, **amount)
     loss = lambda m, batch: nn.functional.cross_entropy(m(X), Y)  # noqa: E731
     pruner = Pruner(model, recipe, optimizer, 20, every=5, data=[{"input": X}], loss=loss)
-    for _ in range(20):
+    want: dict[str, torch.Tensor] = {}
+    told = lambda layer, keep: want.update({layer.parameter: keep.clone()})  # noqa: E731
+    for number in range(1, 21):
+        before = pruner.masks
         optimizer.zero_grad()
         loss(model, None).backward()
         optimizer.step()
+        if number == 15:  # the last choice
+            once = net()
+            once.load_state_dict({name: value * before.keep[name] for name, value in stepped.items()})
+            secateur.prune_(once, recipe, [{"input": X}], loss=loss, chosen=told)
+    assert sorted(want) == ["0.weight", "2.weight", "4.weight"]
+    for name, keep in want.items():
+        assert torch.equal(pruner.masks.keep[name], keep)
     report = pruner.report()
+    assert report.refreshes[-1].step == 15
     assert report.violations == 0
     assert report.sparsity == pytest.approx(0.5 if ":" in granularity else 0.8)

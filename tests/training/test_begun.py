@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import pickle
 
 import pytest
@@ -11,6 +12,7 @@ from test_holding import X, net, revived, sgd, step
 from torch import nn
 
 import secateur
+from secateur import state
 from secateur.errors import SecateurError
 from secateur.training import METHODS, Masks, Pruner, iterate_
 from secateur.training.at_init import synflow
@@ -227,6 +229,8 @@ def test_another_training_does_not_go_on(case, tmp_path):
         ({"method": "ac-dc", "every": 20, "end": 1.0}, "10 turns in 100 steps"),
         ({"schedule": "cyclic", "every": 33, "end": 1.0}, "6 turns in 100 steps"),
         ({"every": 0}, "expected 1 step or more"),
+        ({"start": 0.8, "end": 0.2}, "start 0.8 and end 0.2: expected shares of the steps"),
+        ({"start": 0.8}, "start 0.8 and end 0.75: expected shares of the steps"),
         ({"recipe": secateur.method("magnitude", sparsity=0.99, allocation="global")}, "every layer keeps"),
         (
             {"recipe": secateur.method("magnitude", threshold={"absolute": 0.05}), "method": "movement"},
@@ -361,3 +365,93 @@ def test_a_pruner_that_could_not_be_made_chooses_nothing(tmp_path):
     for _ in range(5):
         step(model, optimizer)
     assert all(bool((parameter != 0).all()) for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("method", ["static", "set", "rigl"])
+def test_given_masks_that_keep_everything_are_masks(method):
+    model = net()
+    optimizer = sgd(model)
+    masks = Masks({name: torch.ones_like(model.get_parameter(name)).bool() for name in ("0.weight", "2.weight")})
+    pruner = Pruner(model, RECIPE, optimizer, 10, method=method, masks=masks, every=2)
+    for _ in range(10):
+        step(model, optimizer)
+    assert pruner.report().sparsity == 0.0
+
+
+def test_a_pruner_that_holds_more_than_a_new_one_is_not_switched_off():
+    model = net()
+    first = Pruner(model, RECIPE, sgd(model), 10, method="static")
+    optimizer, before = sgd(model), first.masks.digest()
+    with pytest.raises(SecateurError, match=r"another pruner holds 0\.weight, too, and 2\.weight besides"):
+        Pruner(model, secateur.method("magnitude", sparsity=0.5, protect=("2", "4")), optimizer, 10)
+    for _ in range(5):
+        step(model, optimizer)
+    assert first.report().violations == 0
+    assert first.masks.digest() == before
+    first.detach()
+    second = Pruner(model, secateur.method("magnitude", sparsity=0.5, protect=("2", "4")), optimizer, 10)
+    for _ in range(5):
+        step(model, optimizer)
+    assert list(second.masks.keep) == ["0.weight"]
+    assert first.report().violations > 0
+
+
+def test_a_new_pruner_that_fails_leaves_the_old_one_at_work():
+    model = net()
+    optimizer = sgd(model)
+    pruner = Pruner(model, RECIPE, optimizer, 10, method="static")
+    with torch.no_grad():
+        model[4].weight[0, 0] = torch.nan
+    with pytest.raises(SecateurError, match="scores are NaN"):
+        Pruner(model, secateur.method("magnitude", sparsity=0.9), sgd(model), 10, method="static")
+    with torch.no_grad():
+        model[4].weight[0, 0] = 0.1
+    for _ in range(3):
+        step(model, optimizer)
+    assert pruner.report().violations == 0
+
+
+def test_a_run_does_not_go_on_with_another_recipe():
+    for other in ({"sparsity": 0.3}, {"granularity": "row"}, {"allocation": "global"}):
+        model = net()
+        state = Pruner(model, RECIPE, sgd(model), 10).state_dict()
+        changed = secateur.method("magnitude", **({"sparsity": 0.8, "protect": ("4",)} | other))
+        pruner = Pruner(model, changed, sgd(model), 10)
+        with pytest.raises(SecateurError, match=f"another training's: {next(iter(other))} was"):
+            pruner.load_state_dict(state)
+
+
+def test_masks_are_held_only_in_a_model_that_has_the_parameters():
+    model = net()
+    pruner = Pruner(model, RECIPE, sgd(model), 10, method="static")
+    average = torch.optim.swa_utils.AveragedModel(model)
+    pruner.also(average)
+    assert bool((average.module[0].weight == 0).sum() >= 320)
+    for other in (nn.Sequential(model), nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 20))):
+        with pytest.raises(SecateurError, match=r"has no \d\.weight \[20, 20\] to hold masks in"):
+            pruner.also(other)
+    assert pruner.report().violations == 0
+
+
+def test_a_disk_that_is_full_is_one_error(tmp_path, monkeypatch):
+    model = net()
+    pruner = Pruner(model, RECIPE, sgd(model), 10, method="static")
+    pruner.save(tmp_path / "masks.safetensors")
+    before = (tmp_path / "masks.safetensors").read_bytes()
+
+    def full(*args, **more):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(state, "save_file", full)
+    with pytest.raises(SecateurError, match="the disk is full"):
+        pruner.save(tmp_path / "masks.safetensors")
+    assert (tmp_path / "masks.safetensors").read_bytes() == before
+
+
+def test_a_layer_without_a_gradient_is_named():
+    model = net()
+    optimizer = sgd(model)
+    model[2].requires_grad_(False)
+    Pruner(model, secateur.method("taylor", sparsity=0.5, protect=("4",)), optimizer, 10)
+    with pytest.raises(SecateurError, match="2 has no gradient in this step, which the criterion taylor reads"):
+        step(model, optimizer)

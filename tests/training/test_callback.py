@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
@@ -35,13 +36,13 @@ class Net(nn.Module):
         return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
 
 
-def trainer(folder, criterion: str = "magnitude", **more) -> tuple[Trainer, PrunerCallback]:
-    callback = PrunerCallback(secateur.method(criterion, sparsity=0.8, protect=("head",)), method="rigl", every=3)
+def trainer(folder, criterion: str = "magnitude", method: str = "rigl", **more) -> tuple[Trainer, PrunerCallback]:
+    callback = PrunerCallback(secateur.method(criterion, sparsity=0.8, protect=("head",)), method=method, every=3)
     args = TrainingArguments(
         folder, per_device_train_batch_size=16, max_steps=24, save_steps=8, logging_steps=4, learning_rate=1e-2,
         report_to=[], disable_tqdm=True, use_cpu=True, **more,
     )  # fmt: skip
-    return Trainer(Net(), args, train_dataset=Rows(), callbacks=[callback]), callback
+    return Trainer(Net(), args, train_dataset=Rows(), eval_dataset=Rows(), callbacks=[callback]), callback
 
 
 @pytest.mark.parametrize("criterion", ["magnitude", "random"])
@@ -71,3 +72,21 @@ def test_a_checkpoint_without_masks_is_one_clear_error(tmp_path):
     resumed, _ = trainer(tmp_path)
     with pytest.raises(SecateurError, match=r"checkpoint-8.* is not there. Say where its checkpoint is"):
         resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+
+
+def test_the_masks_are_those_of_the_best_checkpoint_where_that_is_loaded(tmp_path):
+    """The best one here is that of the largest loss, so that it is the first; fewer weights were gone then."""
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
+    whole, callback = trainer(tmp_path, method="gradual", eval_strategy="steps", eval_steps=8, **best)
+    whole.train()
+    assert whole.state.best_model_checkpoint == str(tmp_path / "checkpoint-8")
+    saved = load_file(tmp_path / "checkpoint-8" / "model.safetensors")
+    pruner = callback.pruner
+    assert pruner is not None
+    assert sorted(pruner.masks.keep) == ["body.0.weight", "body.2.weight"]
+    for name, keep in pruner.masks.keep.items():
+        assert torch.equal(keep, saved[name] != 0)
+        assert torch.equal(whole.model.get_parameter(name), saved[name])
+    closed = 0.8 * (1 - (1 - 6 / 18) ** 3)  # at the last choice before it
+    assert pruner.report().sparsity == pytest.approx(closed, abs=1 / 400)
+    assert pruner.report().violations == 0

@@ -107,3 +107,20 @@ def test_weights_and_masks_of_one_shot_and_at_the_beginning():
     assert report.sparsity == pytest.approx(0.7, abs=1e-3)
     masks = synflow(cuda_net(), secateur.method("magnitude", sparsity=0.9, allocation="global"), x)
     assert masks.sparsity == pytest.approx(0.9, abs=1e-3)
+
+
+def test_masks_of_a_model_that_was_moved_go_with_it():
+    model = cuda_net().cpu()
+    with torch.no_grad():
+        model[0].weight.mul_(model[0].weight.abs() > 0.05)
+    masks = secateur.training.Masks.of_zeros(model)
+    model.cuda()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    pruner = Pruner(model, RECIPE, optimizer, 10, masks=masks, every=2)
+    x, y = cuda_data()
+    for _ in range(10):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    assert not bool(model[0].weight.cpu()[~masks.keep["0.weight"]].any())
+    assert pruner.report().violations == 0

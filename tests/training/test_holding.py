@@ -118,53 +118,46 @@ def test_accumulated_gradients_count_one_step():
         torch.testing.assert_close(a, b)
 
 
-def test_a_step_that_the_scaler_skips_does_not_count():
+def test_a_step_that_a_fused_optimizer_skips_does_not_count():
+    """A scaler calls a fused optimizer all the same, and tells it by an attribute; any other it does not call at all."""
     model = net()
-    optimizer = sgd(model)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     pruner = Pruner(model, RECIPE, optimizer, 10, every=1)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    counted = []
     for number in range(6):
         optimizer.zero_grad()
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = nn.functional.cross_entropy(model(X), Y)
-        scaler.scale(loss).backward()
+        scaler.scale(nn.functional.cross_entropy(model(X), Y)).backward()
         if number in (2, 3):
             model[0].weight.grad[0, 0] = torch.inf
         scaler.step(optimizer)
         scaler.update()
+        counted.append(pruner.step)
         assert revived(model, pruner.masks) == 0
-    assert pruner.step == 4
+    assert counted == [1, 2, 2, 2, 3, 4]
+    assert [refresh.step for refresh in pruner.report().refreshes] == [0, 1, 2, 3, 4]
 
 
-def test_a_step_that_a_fused_optimizer_skips_does_not_count():
-    """A fused optimizer is called all the same, and told by an attribute."""
-    model = net()
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    pruner = Pruner(model, RECIPE, optimizer, 10, every=1)
-    step(model, optimizer)
-    optimizer.found_inf = torch.tensor(1.0)
-    step(model, optimizer)
-    del optimizer.found_inf
-    assert pruner.step == 1
-    step(model, optimizer)
-    assert pruner.step == 2
-
-
-def test_gradients_are_those_of_the_loss_and_not_of_the_scaled_one():
-    """RigL under a scaler grows what it grows without."""
-    masks = []
-    for scale in (None, 2.0**12):
+@pytest.mark.parametrize("fused", [False, True])
+def test_gradients_are_those_of_the_loss_and_not_of_the_scaled_one(fused):
+    """Movement sums rate, weight and gradient: under a scale that grows it comes to the same bits as without one."""
+    found = []
+    for scale in (None, 64.0):
         model = net()
-        optimizer = sgd(model)
-        pruner = Pruner(model, RECIPE, optimizer, 100, method="rigl", every=2)
-        scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None)
-        for _ in range(6):
+        optimizer = sgd(model, fused=fused)
+        pruner = Pruner(model, RECIPE, optimizer, 30, method="movement", every=2, end=1.0)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, growth_interval=5, enabled=scale is not None)
+        for _ in range(30):
             optimizer.zero_grad()
             scaler.scale(nn.functional.cross_entropy(model(X), Y)).backward()
             scaler.step(optimizer)
             scaler.update()
-        masks.append(pruner.masks.digest())
-    assert masks[0] == masks[1]
+        found.append((pruner.state_dict()["memory"], pruner.masks.digest(), scaler.get_scale()))
+    (plain, digest, _), (scaled, same, grown) = found
+    assert grown == 64.0 * 2**6
+    assert digest == same
+    for layer in ("0", "2"):
+        assert torch.equal(plain[f"{layer}/score"], scaled[f"{layer}/score"])
 
 
 def test_compiled_models_keep_their_masks_and_plain_names():
@@ -223,7 +216,7 @@ def test_masks_of_another_model_are_refused():
     model = net()
     state = Pruner(model, RECIPE, sgd(model), 10).state_dict()
     other = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 4))
-    pruner = Pruner(other, secateur.method("magnitude", sparsity=0.5), sgd(other), 10)
+    pruner = Pruner(other, secateur.method("magnitude", sparsity=0.8), sgd(other), 10)
     with pytest.raises(SecateurError, match="another model's"):
         pruner.load_state_dict(state)
 
@@ -271,8 +264,11 @@ def test_two_ranks_end_as_one_process_on_the_same_batch(how, tmp_path):
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
     subprocess.run([sys.executable, RANKS, "one", tmp_path], env=env, check=True, capture_output=True, timeout=240)
     alone = torch.load(tmp_path / "one.pt", weights_only=True)
-    assert ranks[0]["digest"] == ranks[1]["digest"] == alone["digest"]
-    for name, weight in alone["weights"].items():
-        assert torch.equal(ranks[0]["weights"][name], ranks[1]["weights"][name])
-        torch.testing.assert_close(ranks[0]["weights"][name], weight, rtol=1e-9, atol=1e-12)
-    assert [rank["violations"] for rank in (*ranks, alone)] == [0, 0, 0]
+    for method, want in alone.items():
+        one, two = (rank[method] for rank in ranks)
+        assert want["changed"] > 0
+        assert one["digest"] == two["digest"] == want["digest"], method
+        for name, weight in want["weights"].items():
+            assert torch.equal(one["weights"][name], two["weights"][name])
+            torch.testing.assert_close(one["weights"][name], weight, rtol=1e-9, atol=1e-12)
+        assert [found["violations"] for found in (one, two, want)] == [0, 0, 0]

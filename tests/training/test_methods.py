@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -22,7 +23,8 @@ OPTIMIZERS = {
     "foreach": lambda p: torch.optim.AdamW(p, lr=1e-2, foreach=True),
     "fused": lambda p: torch.optim.AdamW(p, lr=1e-2, fused=True),
 }
-GRAINS = {"layer": SHARPEST, "per-row": SHARPEST, "2:4": 0.5, "2x4": 0.75, "row": 0.5}
+GRAINS = {"layer": SHARPEST, "per-row": SHARPEST, "2:4": 0.5, "2x4": 0.75, "row": 0.5, "column": 0.5}
+TILES = {"2x4": (2, 4), "row": (1, 20), "column": (20, 1)}  # of weights that stand or fall together
 
 
 def net() -> nn.Sequential:
@@ -41,6 +43,24 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> float:
     loss.backward()
     optimizer.step()
     return float(loss.detach())
+
+
+def watch(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Parameter -> weight and gradient of the last step, as they are before masks are chosen: ask for it before the pruner
+    is made.
+    """
+    found: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    optimizer.register_step_post_hook(
+        lambda *_: found.update({n: (p.detach().clone(), p.grad.clone()) for n, p in model.named_parameters()})
+    )
+    return found
+
+
+def without_lowest(scores: torch.Tensor, gone: int) -> torch.Tensor:
+    """What stays, by a sort of all."""
+    keep = np.zeros(scores.numel(), bool)
+    keep[np.argsort(scores.flatten().numpy(), kind="stable")[gone:]] = True
+    return torch.from_numpy(keep).reshape(scores.shape)
 
 
 @pytest.mark.parametrize("granularity", GRAINS)
@@ -64,6 +84,11 @@ def test_masks_hold_at_every_step_and_the_target_is_met(method, optimizer, granu
         for name in ("0", "2"):
             there = (model.get_submodule(name).weight.reshape(-1, 4) != 0).sum(1)
             assert bool((there <= 2).all())
+    if granularity in TILES:
+        height, width = TILES[granularity]
+        for keep in pruner.masks.keep.values():
+            tiles = keep.unfold(0, height, height).unfold(1, width, width).flatten(2)
+            assert torch.equal(tiles.all(2), tiles.any(2))
 
 
 def test_gradual_keeps_the_largest_at_every_refresh():
@@ -194,3 +219,87 @@ def test_ac_dc_is_dense_and_sparse_in_turns():
         step(model, optimizer)
         seen.append(round(pruner.report().sparsity, 1))
     assert [seen[place] for place in (4, 14, 24, 34, 44, 54, 99)] == [0.0, 0.8, 0.0, 0.8, 0.0, 0.8, 0.8]
+
+
+CLOSED = {  # sparsity at t on the way to SHARPEST
+    "linear": lambda t: SHARPEST * t,
+    "iterative": lambda t: 1 - (1 - SHARPEST) ** t,
+    "cyclic": lambda t: SHARPEST * (1 - (1 - 3 * t % 1) ** 3) if t < 1 else SHARPEST,
+}
+
+
+@pytest.mark.parametrize("schedule", CLOSED)
+def test_sparsity_follows_the_schedule_from_its_start_to_its_end(schedule):
+    model = net()
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    pruner = Pruner(model, recipe(), optimizer, 40, schedule=schedule, every=4, start=0.1, end=0.85)
+    choices, gone = [*range(4, 34, 4), 34], 0
+    for number in range(1, 41):
+        step(model, optimizer)
+        if number in choices:
+            gone = math.floor(400 * CLOSED[schedule](Fraction(number - 4, 30)) + 1e-9)
+        for name in ("0.weight", "2.weight"):
+            assert int((~pruner.masks.keep.get(name, torch.ones(1).bool())).sum()) == gone, number
+            assert int((model.get_parameter(name) == 0).sum()) >= gone
+    assert [refresh.step for refresh in pruner.report().refreshes] == choices
+    assert gone == 320
+
+
+OVERRIDES = {
+    "sparsity": ({"sparsity": 0.4}, "uniform"),
+    "pattern": ({"granularity": "2:4"}, "uniform"),
+    "beside a global allocation": ({"sparsity": 0.4}, "global"),
+}
+
+
+@pytest.mark.parametrize("case", OVERRIDES)
+def test_a_layer_with_an_override_has_a_sparsity_of_its_own(case):
+    own, allocation = OVERRIDES[case]
+    asked = secateur.method("magnitude", sparsity=SHARPEST, allocation=allocation, overrides=({"match": "2", **own},))
+    model = net()
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    last = watch(model, optimizer)
+    pruner = Pruner(model, asked, optimizer, 20, every=4, end=1.0)
+    for _ in range(20):
+        before = {name: keep.clone() for name, keep in pruner.masks.keep.items()}
+        step(model, optimizer)
+    size = {name: (last[name][0] * keep).abs() for name, keep in before.items()}
+    want = without_lowest(size["2.weight"], 160)
+    if "granularity" in own:
+        want = (size["2.weight"].reshape(-1, 4).argsort(1).argsort(1) >= 2).reshape(20, 20)
+    assert torch.equal(pruner.masks.keep["2.weight"], want)
+    others = [name for name in size if name != "2.weight"]
+    if allocation == "uniform":
+        for name in others:
+            assert torch.equal(
+                pruner.masks.keep[name], without_lowest(size[name], round(SHARPEST * size[name].numel()))
+            )
+    else:
+        best = without_lowest(torch.cat([size[name].flatten() for name in others]), 384)
+        kept = torch.cat([pruner.masks.keep[name].flatten() for name in others])
+        assert int((kept != best).sum()) <= 4  # of 480: the edge is found in a histogram
+
+
+@pytest.mark.parametrize("method", ["static", "gradual"])
+@pytest.mark.parametrize("criterion", ["taylor", "fisher"])
+def test_criteria_of_gradients_read_those_of_the_last_step(criterion, method):
+    """Both rank by (w g)^2; there is no gradient before the first step, and nothing is chosen without one."""
+    model = net()
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    last = watch(model, optimizer)
+    asked = secateur.method(criterion, sparsity=SHARPEST, protect=("4",))
+    pruner = Pruner(model, asked, optimizer, 20, method=method, every=4, end=1.0)
+    choices, want = [1, 5, 9, 13, 17, 20], {name: torch.ones(20, 20).bool() for name in ("0.weight", "2.weight")}
+    for number in range(1, 21):
+        optimizer.zero_grad()
+        rows = slice(2 * number, 2 * number + 16)  # other gradients every time
+        nn.functional.cross_entropy(model(X[rows]), Y[rows]).backward()
+        optimizer.step()
+        if number in choices[: 1 if method == "static" else None]:
+            share = SHARPEST * (1 if method == "static" else 1 - (1 - (number - 1) / 19) ** 3)
+            for name, keep in want.items():
+                weight, gradient = (t.double() for t in last[name])
+                want[name] = without_lowest((weight * keep * gradient).square(), math.floor(400 * share + 1e-9))
+        for name, keep in want.items():
+            assert torch.equal(pruner.masks.keep[name], keep), number
+    assert [refresh.step for refresh in pruner.report().refreshes] == choices

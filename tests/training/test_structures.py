@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -139,3 +140,150 @@ def test_what_cannot_be_masked_or_is_asked_wrongly_is_refused():
         Pruner(model, structures, torch.optim.SGD(model.parameters(), lr=0.1), 10, method="rigl")
     with pytest.raises(SecateurError, match="nothing is held at zero yet"):
         structures.finish_()
+
+
+def test_training_goes_on_after_the_cut():
+    model = residual()
+    structures = Structures(model, X[:2], remove={"channels": 0.5})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    pruner = Pruner(model, structures, optimizer, 20, every=2)
+    fit(model, 20, optimizer)
+    structures.finish_()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    fit(model, 5, optimizer)
+    assert pruner.report().violations == 0
+    assert pruner.report().step == 20
+    again = Pruner(model, secateur.method("magnitude", sparsity=0.5, include=("head",)), optimizer, 5, method="static")
+    fit(model, 5, optimizer)
+    assert again.report().violations == 0
+
+
+class Block(nn.Module):
+    """Attention of four heads, and neurons, as in many small transformers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.norm = 4, nn.LayerNorm(16)
+        self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
+        self.up, self.down = nn.Linear(16, 24), nn.Linear(24, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(self.norm(x)).view(*x.shape[:2], 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v, scale=0.5)
+        x = x + self.out(mixed.transpose(1, 2).flatten(2))
+        return x + self.down(nn.functional.gelu(self.up(x)))
+
+
+class Transformer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.blocks, self.head = nn.Linear(3, 16), nn.ModuleList([Block(), Block()]), nn.Linear(16, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [batch, 3, height, width], whose places are the tokens."""
+        x = self.enter(x.flatten(2).mT)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.mean(1))
+
+
+def at_zero(block: Block) -> tuple[int, int]:
+    """Heads and neurons of which nothing is left, in any of their tensors; none may be there in a part of them."""
+    rows = torch.cat([block.qkv.weight, block.qkv.bias[:, None]], 1).view(3, 4, 4, 17)  # [qkv, heads, size, in]
+    read = block.out.weight.view(16, 4, 4)  # [out, heads, size]
+    heads = [*(part.flatten(1) for part in rows), read.transpose(0, 1).flatten(1)]
+    neurons = [block.up.weight, block.up.bias[:, None], block.down.weight.T]
+    found = []
+    for parts in (heads, neurons):
+        gone = torch.stack([(part == 0).all(1) for part in parts])
+        assert torch.equal(gone.all(0), gone.any(0))
+        found.append(int(gone.all(0).sum()))
+    return found[0], found[1]
+
+
+def test_heads_and_neurons_go_as_the_schedule_says_and_are_cut():
+    torch.manual_seed(0)
+    model = Transformer().double()
+    structures = Structures(model, X[:2], remove={"heads": 0.5, "ffn": 0.25}, multiple=1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=1e-2)
+    pruner = Pruner(model, structures, optimizer, 24, every=3, end=1.0)
+    seen: list[tuple[int, int]] = []
+
+    def look() -> None:
+        assert pruner.report().violations == 0
+        (found,) = {at_zero(block) for block in model.blocks}
+        seen.append(found)
+
+    fit(model, 24, optimizer, look)
+    progress = [1 - (1 - number // 3 / 8) ** 3 for number in range(1, 25)]
+    assert seen == [(math.floor(2 * t + 0.5), math.floor(6 * t + 0.5)) for t in progress]
+    model.eval()
+    masked = model(X).detach()
+    assert structures.finish_().promise == "removed == masked"
+    torch.testing.assert_close(model(X), masked, rtol=0, atol=1e-12)
+    for block in model.blocks:
+        assert block.heads == 2
+        sizes = [tuple(m.weight.shape) for m in (block.qkv, block.out, block.up, block.down)]
+        assert sizes == [(24, 16), (16, 8), (18, 16), (16, 18)]
+
+
+@pytest.mark.parametrize("how", [{"method": "ac-dc"}, {"schedule": "cyclic"}])
+def test_units_that_come_back_have_the_weights_that_they_had_and_learn(how, tmp_path):
+    """All at zero they would have no gradient, and never be there again. A resumed run brings back the same ones."""
+    x = torch.randn(64, 8, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    y = x[:, :3].argmax(1)
+
+    def start(resume=None, state=None) -> tuple[nn.Sequential, torch.optim.Optimizer, Pruner]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3)).double()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        if state is not None:
+            model.load_state_dict(state[0])
+            optimizer.load_state_dict(state[1])
+        structures = Structures(model, x[:2], remove={"units": 0.5}, multiple=1)
+        return model, optimizer, Pruner(model, structures, optimizer, 120, every=1, end=1.0, resume=resume, **how)
+
+    def fit_on(model, optimizer, steps, seen=lambda: None) -> None:
+        for _ in range(steps):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            seen()
+
+    model, optimizer, pruner = start()
+    before = model[0].weight.detach().clone()
+    lives, back = [], 0
+
+    def look() -> None:
+        nonlocal before, back
+        now = model[0].weight.detach().clone()
+        there, was = ((w != 0).any(1) for w in (now, before))
+        lives.append(int(there.sum()))
+        for unit in (there & ~was).nonzero().flatten().tolist():
+            assert torch.equal(now[unit], last[unit])
+            back += 1
+        for unit in (there & was).nonzero().flatten().tolist():
+            assert not torch.equal(now[unit], before[unit])  # it learns
+        before = now
+
+    last: dict[int, torch.Tensor] = {}
+    held = pruner._exchange
+
+    def exchange(gone, grown) -> None:
+        for unit in gone["0.weight"].all(1).nonzero().flatten().tolist():
+            last[unit] = model[0].weight[unit].detach().clone()
+        held(gone, grown)
+
+    pruner._exchange = exchange
+    fit_on(model, optimizer, 70, look)
+    pruner.save(tmp_path / "half.safetensors")
+    half = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    fit_on(model, optimizer, 50, look)
+    assert back > 8
+    assert {8, 16} <= set(lives)
+    assert lives[-1] == 8
+    again, other, resumed = start(tmp_path / "half.safetensors", half)
+    fit_on(again, other, 50)
+    assert resumed.masks.digest() == pruner.masks.digest()
+    for one, two in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(one, two)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
@@ -61,3 +62,45 @@ def test_thresholds_grow_and_the_model_is_plain_and_sparse_in_the_end():
         optimizer.step()
     assert pruner.masks.digest() == masks.digest()
     assert pruner.report().violations == 0
+
+
+OPTIMIZERS = {
+    "momentum": lambda m: torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9, weight_decay=0.02),
+    "adamw": lambda m: torch.optim.AdamW(m.parameters(), lr=1e-2, weight_decay=0.1),
+}
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_a_saved_training_goes_on_to_the_last_bit_and_its_zeros_hold(make, tmp_path):
+    def start(like: float) -> tuple[nn.Module, torch.optim.Optimizer, LearnedThresholds]:
+        model = net()
+        optimizer = make(model)
+        return model, optimizer, LearnedThresholds(model, RECIPE, optimizer, start=like)
+
+    def fit(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
+        for _ in range(steps):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(X), Y).backward()
+            optimizer.step()
+
+    model, optimizer, learned = start(-3.0)
+    fit(model, optimizer, 20)
+    torch.save([model.state_dict(), optimizer.state_dict()], tmp_path / "half.pt")
+    fit(model, optimizer, 20)
+    again, other, resumed = start(-5.0)
+    weights, state = torch.load(tmp_path / "half.pt", weights_only=True)
+    again.load_state_dict(weights)
+    other.load_state_dict(state)
+    assert float(other.param_groups[-1]["params"][0].detach()) != -5.0
+    fit(again, other, 20)
+    masks = learned.finish_()
+    assert resumed.finish_().digest() == masks.digest()
+    for one, two in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(one, two)
+    gone = {name: model.get_parameter(name) == 0 for name in ("0.weight", "2.weight")}
+    assert all(torch.equal(masks.keep[name], ~zeros) and bool(zeros.any()) for name, zeros in gone.items())
+    optimizer = make(model)
+    Pruner(model, RECIPE, optimizer, 20, method="static", masks=masks)
+    for _ in range(20):
+        fit(model, optimizer, 1)
+        assert all(not bool(model.get_parameter(name)[zeros].any()) for name, zeros in gone.items())

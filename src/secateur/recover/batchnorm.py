@@ -22,13 +22,14 @@ def reestimate_(model: nn.Module, batches: Iterable[Any]) -> int:
     batches: mappings of forward arguments, tensors, or (input, label) pairs. Everything else runs in eval mode, so that
     dropout does not show in the statistics. Returns how many norms there are; where there are none, nothing runs.
 
-    Raises SecateurError when there are no batches; the statistics are then what they were.
+    Raises SecateurError when there are no batches; whatever fails, the statistics are then what they were.
     """
     norms = list(_norms(model).values())
     if not norms:
         return 0
     modes = [(module, module.training) for module in model.modules()]
     momenta = [norm.momentum for norm in norms]
+    old = [{name: value.clone() for name, value in norm.named_buffers(recurse=False)} for norm in norms]
     batches = iter(batches)
     first = next(batches, None)
     if first is None:
@@ -42,6 +43,11 @@ def reestimate_(model: nn.Module, batches: Iterable[Any]) -> int:
         with torch.no_grad():
             for batch in chain([first], batches):
                 call(model, batch)
+    except BaseException:
+        for norm, kept in zip(norms, old, strict=True):
+            for name, value in kept.items():
+                norm.get_buffer(name).copy_(value)
+        raise
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum

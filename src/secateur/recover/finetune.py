@@ -4,9 +4,9 @@ where wanted. A loop of the user's own does as well: nothing else here depends o
 
 from __future__ import annotations
 
-import errno
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -16,7 +16,6 @@ from typing import Any, Literal, Protocol
 import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -24,9 +23,9 @@ from secateur.data import call
 from secateur.errors import SecateurError
 from secateur.measure.classify import check_labels
 from secateur.probe import answer
-from secateur.state import read_state, under, write_state
+from secateur.state import disk, read_state, under, write_state
 
-CHECKPOINT, LOG = "checkpoint.safetensors", "log.jsonl"
+CHECKPOINT, LOG, EVENTS = "checkpoint.safetensors", "log.jsonl", "events.out.tfevents.*"
 
 
 class Batches(Protocol):
@@ -140,19 +139,26 @@ def finetune_(
     if teacher is not None:
         teacher.eval()
     where = None if folder is None else Path(folder)
-    writer = _tensorboard(where) if tensorboard else None
+    if tensorboard:
+        if where is None:
+            raise SecateurError("TensorBoard events need a folder to go to")
+        check_tensorboard()
     torch.manual_seed(settings.seed)
     steps = len(batches)
+    if steps < 1:
+        raise SecateurError("an epoch has no steps: no images, or fewer than a batch where the last one is dropped")
     optimizer = optimizer_of(model, settings)
     held = None if prune is None else prune(model, optimizer, settings.epochs * steps)
     run = _Run(model, optimizer, held, settings, steps, where, [])
     if resume and where is not None and (where / CHECKPOINT).exists():
         _load(run, where / CHECKPOINT)
+        _write_log(run)  # a run that was killed after its checkpoint has not
     elif where is not None:
         with disk(where):
             where.mkdir(parents=True, exist_ok=True)
-            for name in (LOG, CHECKPOINT):  # of another run, that this one must not go on from
-                (where / name).unlink(missing_ok=True)
+            for left in (where / LOG, where / CHECKPOINT, *where.glob(EVENTS)):  # of another run, none of this one
+                left.unlink(missing_ok=True)
+    writer = _writer(where) if tensorboard and where is not None else None
     try:
         for number in range(len(run.history), settings.epochs):
             run.history.append(_epoch(run, batches, number, teacher, evaluate, progress))
@@ -183,7 +189,7 @@ def _epoch(
         lr = rate(settings, (done + step) / (settings.epochs * run.steps))
         for group in run.optimizer.param_groups:
             group["lr"] = lr
-        loss = _loss(run, batch, device, teacher, first=number == 0 and step == 0)
+        loss = _loss(run, batch, device, teacher)
         run.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         try:
@@ -226,19 +232,18 @@ def optimizer_of(model: nn.Module, settings: Settings) -> Optimizer:
     return torch.optim.AdamW(groups, lr=settings.lr)
 
 
-def _loss(run: _Run, batch: Any, device: torch.device, teacher: nn.Module | None, first: bool) -> Tensor:
+def _loss(run: _Run, batch: Any, device: torch.device, teacher: nn.Module | None) -> Tensor:
     inputs, labels = _apart(batch, device)
     settings = run.settings
     with torch.autocast(labels.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
         logits = answer(call(run.model, inputs)).float()
-        if first:
-            check_labels(logits, labels)
+        check_labels(logits, labels)
         loss = F.cross_entropy(logits, labels)
         if teacher is None or not settings.distil:
             return loss
         with torch.no_grad():
             wanted = answer(call(teacher, inputs)).float()
-        if first and wanted.shape != logits.shape:
+        if wanted.shape != logits.shape:
             raise SecateurError(
                 f"the teacher answers {list(wanted.shape)}, the model {list(logits.shape)}: they have other classes"
             )
@@ -277,8 +282,7 @@ def _write(run: _Run, writer: Any) -> None:
     if run.folder is not None:
         with disk(run.folder):
             _save(run, run.folder / CHECKPOINT)
-            rows = [json.dumps(asdict(each)) + "\n" for each in run.history]
-            (run.folder / LOG).write_text("".join(rows), encoding="utf-8")  # whole, whatever an earlier run left
+        _write_log(run)
     if writer is not None:
         numbers = {"loss": epoch.loss, "lr": epoch.lr, "sparsity": epoch.sparsity} | dict(epoch.measures)
         for name, value in numbers.items():
@@ -287,21 +291,13 @@ def _write(run: _Run, writer: Any) -> None:
         writer.flush()
 
 
-class disk:
-    """Turns what a disk says into one clear error."""
-
-    def __init__(self, place: Path) -> None:
-        self.place = place
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if full or isinstance(error, (OSError, SafetensorError)):
-            why = "the disk is full" if full or "No space" in str(error) else str(error)
-            raise SecateurError(
-                f"cannot write to {self.place}: {why}. What was there before is whole; make room and go on with resume."
-            ) from None
+def _write_log(run: _Run) -> None:
+    """All of it, whatever an earlier run left; whole, or as it was."""
+    assert run.folder is not None
+    partial = run.folder / f"{LOG}.partial"
+    with disk(run.folder):
+        partial.write_text("".join(json.dumps(asdict(each)) + "\n" for each in run.history), encoding="utf-8")
+        os.replace(partial, run.folder / LOG)
 
 
 def _save(run: _Run, path: Path) -> None:
@@ -369,11 +365,16 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _tensorboard(folder: Path | None) -> Any:
-    if folder is None:
-        raise SecateurError("TensorBoard events need a folder to go to")
+def check_tensorboard() -> None:
+    """Raises SecateurError where no events can be written."""
     try:
-        from torch.utils.tensorboard import SummaryWriter
+        import torch.utils.tensorboard  # noqa: F401
     except ImportError:
         raise SecateurError("events need the package tensorboard: pip install 'secateur[tensorboard]'") from None
-    return SummaryWriter(str(folder))
+
+
+def _writer(folder: Path) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
+    with disk(folder):
+        return SummaryWriter(str(folder))

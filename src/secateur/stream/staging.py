@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -21,6 +20,7 @@ from typing import IO, Any
 from torch import Tensor
 
 from secateur.errors import SecateurError
+from secateur.state import locked
 from secateur.stream.checkpoint import Checkpoint, to_bytes
 
 JOURNAL = "journal.jsonl"
@@ -68,7 +68,7 @@ class Staging:
         path = self.folder / JOURNAL
         journal = path.open("ab", buffering=0)
         # whoever had it may have finished, and removed it, between the opening and the lock
-        if not _lock(journal) or not path.exists() or not os.path.samestat(os.fstat(journal.fileno()), path.stat()):
+        if not locked(journal) or not path.exists() or not os.path.samestat(os.fstat(journal.fileno()), path.stat()):
             journal.close()
             raise SecateurError(self._busy())
         self._journal = journal
@@ -79,7 +79,7 @@ class Staging:
         path = self.folder / JOURNAL
         if path.is_file():
             with path.open("rb") as journal:
-                if not _lock(journal):
+                if not locked(journal):
                     return self._busy()
         return f"{self.folder} holds an unfinished run. Go on with --resume, or delete that folder to start afresh."
 
@@ -269,15 +269,6 @@ class Staging:
     def _write(file: IO[bytes], data: memoryview) -> None:
         while data:  # an unbuffered file may take less than it is given
             data = data[file.write(data) :]
-
-
-def _lock(file: IO[bytes]) -> bool:
-    """Whether nobody else holds the file; it is ours until it is closed, or the process ends, however it ends."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        return error.errno not in (errno.EWOULDBLOCK, errno.EACCES)  # other errors: no locks on this file system
-    return True
 
 
 def _differences(then: Any, now: Any, path: str = "") -> list[str]:

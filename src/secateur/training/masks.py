@@ -47,6 +47,11 @@ class Masks:
             raise SecateurError(f"{type(model).__name__} has no masks of torch.nn.utils.prune")
         return cls(keep)
 
+    def beside(self, model: nn.Module) -> Masks:
+        """Each where its parameter lies."""
+        devices = {name: parameter.device for name, parameter in named(model)}
+        return Masks({name: mask.to(devices[name]) for name, mask in self.keep.items()})
+
     def apply_(self, model: nn.Module) -> None:
         """Set to zero what is not kept."""
         with torch.no_grad():

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from secateur.errors import SecateurError
 from secateur.plan import Plan, Setting, needs_scores
 from secateur.training.masks import Masks, named, whole
 from secateur.training.schedules import Schedule
@@ -124,7 +125,8 @@ class Moment:
     @property
     def begun(self) -> bool:
         """Whether there are masks already, chosen or given."""
-        return self.number > 0 or not all(bool(layer.keep.all()) for layer in self.layers)
+        given = any(layer.given is not None for layer in self.layers)  # also where they keep everything
+        return self.number > 0 or given or not all(bool(layer.keep.all()) for layer in self.layers)
 
     def by_recipe(self) -> Keeps:
         """Keep masks by the recipe's criterion, at the sparsity that the schedule asks for now."""
@@ -143,6 +145,11 @@ class Moment:
 
     def _score(self, layer: Live) -> Tensor:
         stats = Stats(seed=layer.setting.seed(self.plan.recipe.seed), samples=1, rows=layer.weight.shape[0])
+        if layer.gradient is None and layer.setting.needs & {"gradient", "fisher"}:
+            raise SecateurError(
+                f"{layer.name} has no gradient in this step, which the criterion {layer.setting.criterion} reads: it is "
+                "frozen or not used. Protect it, or give calibration batches (data=..., loss=...)"
+            )
         if layer.gradient is not None:
             gradient = wide(layer.gradient)
             stats.gradient, stats.gradient_squares = gradient, gradient.square()
@@ -178,6 +185,13 @@ class Moment:
         if setting.granularity.kind != "n:m":
             return replace(choose, sparsity=sparsity)(scores)
         return _some_groups(choose(scores), scores, setting.granularity.m, sparsity / setting.sparsity)
+
+
+def check_reachable(plan: Plan, layers: Sequence[Live], schedule: Schedule) -> None:
+    """Raises SecateurError when the allocation refuses what the schedule ends at."""
+    if plan.recipe.allocation != "uniform":
+        ending = Moment(plan, layers, schedule, 1.0, 0)
+        ending.sparsities({layer.name: wide(layer.weight).abs() for layer in layers})
 
 
 def _within(layer: Live, values: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from secateur.errors import SecateurError
 from secateur.plan import Plan, Setting, make_plan
 from secateur.recipe import Recipe, Training
-from secateur.state import read_state, under, write_state
+from secateur.state import disk, read_state, under, write_state
 from secateur.training.calibrated import chooser
 from secateur.training.checks import (
     check_model,
@@ -29,14 +29,15 @@ from secateur.training.checks import (
 )
 from secateur.training.masks import Masks, named, placed, plain, whole
 from secateur.training.methods import METHODS
-from secateur.training.moment import Keeps, Live, Moment, by_parameter, deviations, live, wide
+from secateur.training.moment import Keeps, Live, Moment, by_parameter, check_reachable, deviations, live
 from secateur.training.optimizers import fresh_, parameters, rates, skipped
-from secateur.training.schedules import SCHEDULES
+from secateur.training.schedules import SCHEDULES, TURNS
 from secateur.training.structures import Structures
 from secateur.weights.gradients import Loss
 
 REFRESHES = 50  # times that masks are chosen, unless `every` says otherwise
 PARTS = ("masks", "given", "memory")  # of the state, that are tensors
+CHOOSING = frozenset({"criterion", "granularity", "sparsity", "threshold", "allocation", "overrides"})  # of a recipe
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,8 @@ class Pruner:
     instead of the gradient of the last step. resume: a file that `save` wrote, for a model whose weights were loaded
     already: masks chosen at step 0 would take from them.
 
-    A pruner holds until `detach`, or until another one is made for the same parameters. Where several optimizers have a
-    part of the parameters each, a step is one of the optimizer that was given.
+    A pruner holds until `detach`, until another one is made for the same parameters, or until structures are cut. Where
+    several optimizers have a part of the parameters each, a step is one of the optimizer that was given.
 
     Raises SecateurError where that makes no sense.
     """
@@ -129,9 +130,12 @@ class Pruner:
         check_turns(schedule, self._last - self._first, self._every)
         self._way = {"method": method, "schedule": schedule, "total_steps": total_steps, "every": self._every}
         self._way |= {"first": self._first, "last": self._last}
-        self.masks = masks or Masks({})
+        if isinstance(recipe, Recipe):
+            self._way |= {key: value for key, value in recipe.model_dump(mode="json").items() if key in CHOOSING}
+        self.masks = (masks or Masks({})).beside(model)
         self._given = self.masks
-        self._memory: dict[str, dict[str, Tensor]] = {s.layer.name: {} for s in self._settings}
+        remembered = [s.layer.name for s in self._settings] if structures is None else structures.parameters
+        self._memory: dict[str, dict[str, Tensor]] = {name: {} for name in remembered}
         self._deviations = {} if self._plan is None else deviations(model, self._plan)
         self.step = 0
         self._chosen = 0
@@ -140,12 +144,10 @@ class Pruner:
         self._optimizers: list[tuple[weakref.ref[Optimizer], Any]] = []  # with the handle of our hook
         self._lead: weakref.ref[Optimizer] | None = None
         self._others: list[nn.Module] = []
-        self._check_reachable()
+        if self._plan is not None and self._calibrated is None:
+            check_reachable(self._plan, self._live(), self._schedule)
+        replaced = self._replaced()
         self.attach(optimizer)
-        for other in list(_ACTIVE):
-            if self._wanted() & other._wanted():
-                other.detach()
-        _ACTIVE.add(self)
         self._watch_others()
         if self._method.watch is not None:
             self._method.watch([replace(layer, gradient=None) for layer in self._live()])
@@ -158,8 +160,25 @@ class Pruner:
         except BaseException:
             self.detach()  # nobody has this pruner, and it must not choose any masks
             raise
+        for other in replaced:
+            other.detach()
+        _ACTIVE.add(self)
 
     # Hooks
+
+    def _replaced(self) -> list[Pruner]:
+        """Those that hold what this one will. Raises SecateurError where one holds more, which nobody would hold then."""
+        own = self._wanted()
+        found = [other for other in _ACTIVE if other._held_in() and own & other._wanted()]
+        for other in found:
+            if more := other._wanted() - own:
+                names = {id(parameter): name for name, parameter in named(other.model)}
+                both = min(names[i] for i in own & other._wanted())
+                raise SecateurError(
+                    f"another pruner holds {both}, too, and {min(names[i] for i in more)} besides: call its detach() "
+                    "first, or protect in one of the two recipes what the other prunes"
+                )
+        return found
 
     def attach(self, optimizer: Any) -> None:
         """Hook an optimizer, another one too. Raises SecateurError when it has none of the masked parameters."""
@@ -184,7 +203,17 @@ class Pruner:
         _ACTIVE.discard(self)
 
     def also(self, model: nn.Module) -> None:
-        """Hold the masks in another model of the same names, too: a moving average of the weights."""
+        """Hold the masks in another model of the same names, too: a moving average of the weights.
+
+        Raises SecateurError when it has other names or shapes.
+        """
+        shapes, wanted = {name: p.shape for name, p in named(model)}, self._wanted()
+        own = {name: p.shape for name, p in named(self.model) if id(p) in wanted}
+        if other := next((name for name in own if shapes.get(name) != own[name]), None):
+            raise SecateurError(
+                f"{type(model).__name__} has no {other} {list(own[other])} to hold masks in: give a copy or an average of "
+                "the model that is pruned (of ddp.module, where it was wrapped)"
+            )
         self._others.append(model)
         self._hold()
 
@@ -221,7 +250,7 @@ class Pruner:
         return [optimizer for known, _ in self._optimizers if (optimizer := known()) is not None]
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if skipped(optimizer):
+        if skipped(optimizer) or not self._held_in():
             return
         started = time.perf_counter()
         leads = self._lead is not None and self._lead() is optimizer
@@ -237,8 +266,12 @@ class Pruner:
         self._seconds["hold"] += time.perf_counter() - started
 
     def _hold(self) -> None:
-        for model in (self.model, *self._others):
+        for model in self._held_in():
             self.masks.apply_(model)
+
+    def _held_in(self) -> tuple[nn.Module, ...]:
+        """Models that masks are held in; none once their units were cut away."""
+        return () if self._structures is not None and self._structures.finished else (self.model, *self._others)
 
     # Masks
 
@@ -250,13 +283,7 @@ class Pruner:
     def _choose(self) -> None:
         length = max(self._last - self._first, 1)
         progress = 1.0 if self._last == self._first else (self.step - self._first) / length
-        if self._structures is not None:
-            keep = self._structures.masks(self._schedule, progress)
-            grown = {name: mask & ~self.masks.keep.get(name, torch.ones_like(mask)) for name, mask in keep.items()}
-            gone = {name: ~mask & self.masks.keep.get(name, torch.ones_like(mask)) for name, mask in keep.items()}
-            changed = sum(int(mask.sum()) for mask in (*grown.values(), *gone.values()))
-        else:
-            keep, grown, changed = self._by_method(progress)
+        keep, grown, changed = self._by_method(progress) if self._structures is None else self._by_units(progress)
         self.masks = Masks(self.masks.keep | keep)
         fresh_(self.model, self._alive(), grown)
         check_ranks(self.masks)
@@ -275,6 +302,26 @@ class Pruner:
             self._restore(layers, grown)
             return by_parameter(self.model, layers, keeps), by_parameter(self.model, layers, grown), changed
 
+    def _by_units(self, progress: float) -> tuple[dict[str, Tensor], dict[str, Tensor], int]:
+        """The same, of structures."""
+        assert self._structures is not None
+        keep = self._structures.masks(self._schedule, progress)
+        before = {name: self.masks.keep.get(name, torch.ones_like(mask)) for name, mask in keep.items()}
+        gone = {name: ~mask & before[name] for name, mask in keep.items()}
+        grown = {name: mask & ~before[name] for name, mask in keep.items()}
+        if self._way["schedule"] in TURNS:
+            self._exchange(gone, grown)
+        return keep, grown, sum(int(mask.sum()) for mask in (*gone.values(), *grown.values()))
+
+    @torch.no_grad()
+    def _exchange(self, gone: Mapping[str, Tensor], grown: Mapping[str, Tensor]) -> None:
+        """Units come back with the weights that they had when they went: all at zero, they would have no gradient."""
+        for name, parameter in named(self.model):
+            if name in gone:
+                memory = self._memory[name].setdefault("weight", parameter.detach().clone())
+                memory.copy_(torch.where(gone[name], parameter, memory))
+                parameter.copy_(torch.where(grown[name], memory, parameter))
+
     def _restore(self, layers: list[Live], grown: Keeps) -> None:
         """What comes back has the value that the method remembers of it."""
         parameters = dict(named(self.model))
@@ -292,13 +339,6 @@ class Pruner:
         more = {"given": self._given if self._given.keep else None, "memory": self._memory, "rates": rates}
         return live(self.model, self._plan, self.masks, self._deviations, **more)
 
-    def _check_reachable(self) -> None:
-        """Raises SecateurError when the allocation refuses what the schedule ends at."""
-        if self._plan is not None and self._calibrated is None and self._plan.recipe.allocation != "uniform":
-            layers = self._live()
-            ending = Moment(self._plan, layers, self._schedule, 1.0, 0)
-            ending.sparsities({layer.name: wide(layer.weight).abs() for layer in layers})
-
     # What was reached, and going on with it
 
     def report(self) -> TrainingReport:
@@ -310,7 +350,7 @@ class Pruner:
             self.total_steps,
             1 - sum(int(keep.sum()) for keep in keeps.values()) / total if total else 0.0,
             {name: 1 - float(keep.float().mean()) for name, keep in keeps.items()},
-            sum(self.masks.violations(model) for model in (self.model, *self._others)),
+            sum(self.masks.violations(model) for model in self._held_in()),
             tuple(self._refreshes),
             dict(self._seconds),
         )
@@ -332,11 +372,12 @@ class Pruner:
         }
 
     def save(self, path: str | Path) -> None:
-        """Write `state_dict` to a safetensors file, whole or not at all."""
+        """Write `state_dict` to a safetensors file, whole or not at all. Raises SecateurError when that cannot be."""
         state, path = self.state_dict(), Path(path)
         tensors = {f"{part}/{name}": value for part in PARTS for name, value in state.pop(part).items()}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_state(path, tensors, state)
+        with disk(path.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_state(path, tensors, state)
 
     def load(self, path: str | Path) -> None:
         """Go on from a file that `save` wrote. Raises SecateurError when it is none, or another model's."""
@@ -355,7 +396,7 @@ class Pruner:
             self._structures.units = state["units"]
         self._memory = {name: {} for name in self._memory}
         devices = {name: parameter.device for name, parameter in named(self.model)}
-        places = {s.layer.name: devices[s.layer.parameter] for s in self._settings}
+        places = devices | {s.layer.name: devices[s.layer.parameter] for s in self._settings}
         for key, value in state["memory"].items():
             layer, _, what = key.rpartition("/")
             self._memory[layer][what] = value.to(places[layer], copy=True)

@@ -65,6 +65,7 @@ class Structures:
             )
         self._request, self._costs = request, Costs(self._couplings)
         self.units: dict[str, list[int]] = {}  # that are gone now, by coupling
+        self.finished = False  # whether the shapes were cut
 
     @property
     def parameters(self) -> set[str]:
@@ -95,7 +96,8 @@ class Structures:
         return {name: _mask(p, kept.get(name, {})) for name, p in model.named_parameters() if name in self.parameters}
 
     def finish_(self) -> Plan:
-        """Cut the shapes of what is held at zero, proven on the model as it now is. The optimizer has to be made anew.
+        """Cut the shapes of what is held at zero, proven on the model as it now is. Nothing is held after that; further
+        training takes a new optimizer.
 
         Raises SecateurError when nothing is gone, or the cut model does not compute what the masked one does.
         """
@@ -104,6 +106,7 @@ class Structures:
         found = trace(self._couplings.model, self._couplings.inputs)
         made = plan(found, units=self.units)
         apply_(self._couplings.model, made)
+        self.finished = True
         return made
 
 
