@@ -115,7 +115,10 @@ class Commands(TyperGroup):
         except SecateurError as error:
             raise _fail(str(error), 2, as_json) from None
         except (MemoryError, torch.OutOfMemoryError) as error:
-            way_out = "Give fewer or shorter calibration windows (--samples, --length), or use a larger device."
+            way_out = (
+                "Give fewer or shorter calibration windows (--samples, --length), fewer images a batch (--batch), or use a "
+                "larger device."
+            )
             raise _fail(f"out of memory: {error}\n  {way_out}", 2, as_json) from None
         except KeyboardInterrupt:
             whole = {"--remove", "--target"} & {*words}
@@ -391,7 +394,7 @@ def strategy(
     """
     from secateur.pipeline import check_out
     from secateur.strategy.propose import examine, expect, first_request, propose
-    from secateur.strategy.request import Source
+    from secateur.strategy.request import Source, check_apart
 
     output = Output(as_json, quiet)
     if images < 2:
@@ -412,6 +415,7 @@ def strategy(
         protect=protect or [],
     )
     check_out(weights, out)
+    check_apart(out, source)
     case = examine(wanted, device)
     expected = expect(case, wanted, images)
     output.show(display.before_strategy(expected, wanted.stop.drop))
@@ -586,13 +590,14 @@ def _prune(run: Run, device: str, resume: bool, dry_run: bool, output: Output, t
 def _rounds(values: dict[str, Any], where: str, device: str, resume: bool, dry_run: bool, output: Output) -> None:
     from secateur.pipeline import check_out
     from secateur.strategy.propose import examine, expect
-    from secateur.strategy.request import make_strategy
+    from secateur.strategy.request import check_apart, make_strategy
     from secateur.strategy.rounds import run_rounds
 
     wanted = make_strategy(values, where)
     if wanted.out is None:
         raise SecateurError("say where to write the result: out: DIR in the recipe, a new folder")
     check_out(wanted.weights, wanted.out)
+    check_apart(wanted.out, wanted.data)
     case = examine(wanted, device)
     expected = expect(case, wanted, 64)
     output.show(display.before_rounds(expected, wanted.stop.drop))

@@ -172,7 +172,8 @@ def _wilson(right: Tensor, count: Tensor, z: float) -> tuple[Tensor, Tensor]:
 def as_dict(given: Answers, against: Loss | None = None) -> dict[str, Any]:
     """For JSON."""
     found: dict[str, Any] = {"top1": given.top1.value, "top1_low": given.top1.low, "top1_high": given.top1.high}
-    found |= {"top5": given.top5.value, "images": len(given.labels), "classes": given.logits.shape[1]}
+    found |= {"top5": given.top5.value, "top5_low": given.top5.low, "top5_high": given.top5.high}
+    found |= {"images": len(given.labels), "classes": given.logits.shape[1]}
     if against is not None:
         found |= {"drop": against.drop, "noise": against.noise, "flips": against.flips, "kl": against.kl}
         found |= {"worst_class": against.worst_class, "worst_sure": against.worst_sure}

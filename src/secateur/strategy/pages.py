@@ -36,8 +36,8 @@ def strategy(found: Proposal, folder: Path, out: Path) -> None:
     lines = [
         f"# A strategy for {wanted.build}",
         "",
-        f"The dense model: top-1 {_percent(dense['top1'])} (95 % interval {_percent(dense['top1_low'])} to "
-        f"{_percent(dense['top1_high'])}), top-5 {_percent(dense['top5'])} on {dense['images']:,} images; "
+        f"The dense model: top-1 {_between(dense, 'top1')}, top-5 {_between(dense, 'top5')} (95 % intervals) on "
+        f"{dense['images']:,} images; "
         f"{found.costs.params:,} parameters, {_short(found.costs.bytes)}B, {_short(found.costs.macs)} MACs, "
         f"{found.latency['p50_1']:.1f} ms an image (median; 95th percentile {found.latency['p95_1']:.1f}), "
         f"{found.latency['p50_32']:.0f} ms for 32.",
@@ -321,8 +321,8 @@ def rounds(found: Outcome, folder: Path, case: Case) -> None:
             ],
         ),
         "",
-        "Drop: of top-1, in points, against the model that was given, on the same images; noise: half of its 95 % "
-        "interval. "
+        "In brackets: 95 % intervals. Drop: of top-1, in points, against the model that was given, on the same images; "
+        "noise: half of its 95 % interval. "
         "Round 0 is the dense model with one round's training. Zeros in dense tensors give no speed and no smaller file by "
         "themselves: packed is what a bit for every weight and the non-zeros would take; dead channels can be removed "
         "physically.",
@@ -331,7 +331,7 @@ def rounds(found: Outcome, folder: Path, case: Case) -> None:
         "",
         f"Measured on {case.sets.test.description}, trained on {case.sets.train.description}. The written file was loaded "
         f"into a fresh module: its answers differ by {found.verified:.1e} of the largest.",
-        f"Dense: top-1 {_percent(dense['top1'])} ({_percent(dense['top1_low'])} to {_percent(dense['top1_high'])}).",
+        f"Dense: top-1 {_between(dense, 'top1')}, top-5 {_between(dense, 'top5')}.",
         "",
         "## Sparsity of each layer",
         "",
@@ -396,10 +396,10 @@ def _trial_row(trial: Trial, classes: Sequence[str], best: int) -> tuple[str, ..
     return (
         f"**{trial.number}**" if trial.number == best and trial.progress > 0 else str(trial.number),
         _percent(trial.sparsity),
-        _percent(m["top1"]),
+        _between(m, "top1"),
         f"{100 * m['drop']:+.2f} ± {100 * m['noise']:.2f}",
         "" if trial.cut.get("top1") is None else _percent(trial.cut["top1"]),
-        _percent(m["top5"]),
+        _between(m, "top5"),
         _percent(m["flips"]),
         f"{m['kl']:.3g}",
         f"{name} ({100 * drop:+.1f})",
@@ -495,6 +495,12 @@ def _classes(found: Outcome, names: Sequence[str], path: Path) -> None:
 def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
     cells = [[str(cell).replace("|", r"\|") for cell in row] for row in rows]
     return [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}", *(f"| {' | '.join(row)} |" for row in cells)]
+
+
+def _between(measures: Mapping[str, Any], what: str) -> str:
+    """A share with its 95 % interval."""
+    low, high = (100 * measures[f"{what}_{end}"] for end in ("low", "high"))
+    return f"{_percent(measures[what])} ({low:.1f} to {high:.1f})"
 
 
 def _percent(share: float, digits: int = 1) -> str:

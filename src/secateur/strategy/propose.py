@@ -30,20 +30,22 @@ from secateur.plan import Plan, make_plan
 from secateur.recipe import Override, Recipe, method
 from secateur.recover import settle_
 from secateur.recover.batchnorm import NORMS
-from secateur.recover.finetune import disk
+from secateur.recover.finetune import check_tensorboard, optimizer_of
+from secateur.state import LOCK, alone, begun, disk
 from secateur.strategy import pages
 from secateur.strategy.prefix import LIMIT, watch
-from secateur.strategy.request import Sets, Source, Strategy, make_strategy, read_sets
+from secateur.strategy.request import Sets, Source, Strategy, check_apart, make_strategy, read_sets
 from secateur.strategy.scan import CUTS, Probe, measured_sparsities, probe
 from secateur.training.masks import Masks
+from secateur.training.moment import check_reachable, deviations, live
 from secateur.training.rewind import KEPT, cut, progresses
-from secateur.training.schedules import iterative
+from secateur.training.schedules import iterative, one_shot
 
 TARGETS = (0.5, 0.8, 0.9, 0.95)  # of the whole model, by each allocation
 ALLOCATIONS = ("uniform", "erdos-renyi", "lamp", "global", "measured")
 IMAGES = 256  # that a scan asks about
 NORM_BATCHES = 16  # of training images, for batch norms
-PROBES = "scan.jsonl"
+PROBES, SPREADS = "scan.jsonl", "allocations.jsonl"
 
 Progress = Callable[[str, int, int, str], None]
 
@@ -120,8 +122,9 @@ class Case:
         found = hashlib.sha256()
         for path in sources:
             for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-                stat = file.stat()
-                found.update(f"{file.relative_to(path)} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+                if file.is_file():
+                    stat = file.stat()
+                    found.update(f"{file.relative_to(path)} {stat.st_size} {stat.st_mtime_ns}\n".encode())
         return [found.hexdigest(), self.sets.test.description, self.sets.train.description]
 
     def batches(self, images: int) -> list[tuple[Tensor, Tensor]]:
@@ -140,7 +143,8 @@ class Case:
         """Training images for batch norms, drawn; none where there are no norms."""
         if not self.norm_images:
             return []
-        return [x for x, _ in self.sets.train.sample(size * NORM_BATCHES, 1).batches(size, self.device)]
+        found = [x for x, _ in self.sets.train.sample(size * NORM_BATCHES, 1).batches(size, self.device)]
+        return found[:-1] if len(found) > 1 and len(found[-1]) == 1 else found  # one image has no variance
 
 
 def examine(wanted: Strategy, device: str) -> Case:
@@ -149,12 +153,16 @@ def examine(wanted: Strategy, device: str) -> Case:
     pages.check()
     weights = open_weights(wanted.weights)
     make = find_function(wanted.build)
-    model = fresh(make, weights, "auto", device)
-    for parameter in model.parameters():
-        parameter.requires_grad_(parameter.is_floating_point())
+    model = fresh(make, weights, "auto", device, frozen=False)
     plan = make_plan(model, wanted.recipe)
+    _check_reachable(model, plan)
     sets = read_sets(wanted.data)
-    Epochs(sets.train, wanted.finetune.batch, augment=wanted.finetune.augment)  # its mistakes show now
+    Epochs(sets.train, wanted.finetune.batch, augment=wanted.finetune.augment)  # mistakes show now
+    optimizer_of(model, wanted.finetune)
+    if wanted.rounds.to is not None:
+        fresh(make, open_weights(wanted.rounds.to), "auto", device)
+    if wanted.rounds.tensorboard:
+        check_tensorboard()
     for images in (sets.test, sets.train):
         x, _ = images.batch(range(min(2, len(images))), device)
         try:
@@ -172,6 +180,10 @@ def examine(wanted: Strategy, device: str) -> Case:
                 f"{given.logits.shape[1] - 1}: the data is another model's, or its classes are numbered otherwise"
             )
     return Case(make, model, plan, sets, device, weights, wanted.data)
+
+
+def _check_reachable(model: nn.Module, plan: Plan) -> None:
+    check_reachable(plan, live(model, plan, Masks({}), deviations(model, plan)), one_shot)
 
 
 def first_request(
@@ -214,7 +226,7 @@ def expect(case: Case, wanted: Strategy, images: int) -> Expected:
     spread = len(TARGETS) * len(ALLOCATIONS) * (4 * images + norms)
     trained = wanted.finetune.epochs * len(case.sets.train) * (4.5 if wanted.finetune.distil else 3.5)
     stored = sum(p.numel() * p.element_size() for p in model.parameters())
-    test_memory = PROCESS + stored + 3 * seen.largest * 64 // len(x)
+    test_memory = PROCESS + stored + case.sets.kept + 3 * seen.largest * 64 // len(x)
     scores = 20 * sum(p.numel() for p in layers.values())  # each as a float, all of them together, and those sorted
     backward = 3 * seen.all * min(wanted.finetune.batch, len(case.sets.train)) // (2 * len(x))  # with its buffers
     return Expected(
@@ -242,36 +254,40 @@ def propose(
     started, seconds = time.perf_counter(), {}
     staging = out.with_name(f"{out.name}.partial")
     check_out(wanted.weights, out)
+    check_apart(out, wanted.data)
     _prepare(staging, resume, _key(wanted, case, images))
-    batches = case.batches(images)
-    dense_sample = answers(case.model, batches)
-    progress("measure", 0, 1, "the dense model")
-    dense = answers(case.model, case.sets.test.batches(64, case.device))
-    probes = _scan(case, staging, batches, dense_sample, progress)
-    seconds["scan"] = time.perf_counter() - started
-    sizes = {s.layer.name: s.layer.shape[0] * s.layer.shape[1] for s in case.plan.settings}
-    allocated = _allocations(case, wanted, probes, sizes, batches, dense_sample, progress)
-    final = _decide(wanted, allocated, probes, sizes)
-    example = batches[0][0][:1]
-    proposal = Proposal(
-        final,
-        described(dense),
-        costs(case.model, example),
-        latency({"dense": case.model}, example)["dense"],
-        probes,
-        allocated,
-        sizes,
-        dict(case.plan.protected),
-        {"measured on": case.sets.test.description, "to train on": case.sets.train.description},
-        steps(final, sizes),
-        seconds,
-    )
-    seconds["total"] = time.perf_counter() - started
-    with disk(staging):
-        (staging / "recipe.yaml").write_text(recipe_text(final), encoding="utf-8")
-        (staging / "strategy.json").write_text(json.dumps(proposal.as_dict(), indent=2), encoding="utf-8")
-        pages.strategy(proposal, staging, out)
-        os.replace(staging, out)
+    with alone(staging):
+        batches = case.batches(images)
+        dense_sample = answers(case.model, batches)
+        progress("measure", 0, 1, "the dense model")
+        dense = answers(case.model, case.sets.test.batches(64, case.device))
+        case.norm_batches(64)  # an image that cannot be read shows before the scan
+        probes = _scan(case, staging, batches, dense_sample, progress)
+        seconds["scan"] = time.perf_counter() - started
+        sizes = {s.layer.name: s.layer.shape[0] * s.layer.shape[1] for s in case.plan.settings}
+        allocated = _allocations(case, wanted, staging, probes, sizes, batches, dense_sample, progress)
+        final = _decide(case.model, wanted, allocated, probes, sizes)
+        example = batches[0][0][:1]
+        proposal = Proposal(
+            final,
+            described(dense),
+            costs(case.model, example),
+            latency({"dense": case.model}, example)["dense"],
+            probes,
+            allocated,
+            sizes,
+            dict(case.plan.protected),
+            {"measured on": case.sets.test.description, "to train on": case.sets.train.description},
+            steps(final, sizes),
+            seconds,
+        )
+        seconds["total"] = time.perf_counter() - started
+        with disk(staging):
+            (staging / "recipe.yaml").write_text(recipe_text(final), encoding="utf-8")
+            (staging / "strategy.json").write_text(json.dumps(proposal.as_dict(), indent=2), encoding="utf-8")
+            pages.strategy(proposal, staging, out)
+            os.replace(staging, out)
+            (out / LOCK).unlink(missing_ok=True)
     return proposal
 
 
@@ -307,10 +323,11 @@ def _prepare(staging: Path, resume: bool, key: dict[str, Any]) -> None:
     """A folder to work in. Raises SecateurError where there is one already that is not to be gone on with."""
     text = json.dumps(key, sort_keys=True, default=str)
     if staging.exists():
-        known = (staging / "key.json").read_text(encoding="utf-8") if (staging / "key.json").exists() else ""
+        path = staging / "key.json"
+        known = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
         if not resume:
             raise SecateurError(f"{staging} is what a run that was stopped has left: go on with --resume, or delete it")
-        if not _is_json(known) and any(staging.iterdir()):
+        if not _is_json(known) and begun(staging):
             raise SecateurError(f"{staging} is damaged: key.json, which says what it is of, is not whole. Delete it")
         if known and known != text:
             raise SecateurError(f"{staging} was made with other settings: give the same, or delete it")
@@ -334,15 +351,8 @@ def _scan(
     case: Case, staging: Path, batches: list[tuple[Tensor, Tensor]], dense: Answers, progress: Progress
 ) -> list[Probe]:
     path = staging / PROBES
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    lines = [line for line in lines if line.endswith("\n")]  # a killed run may have left half a line
-    try:
-        found = [Probe(**json.loads(line)) for line in lines]
-    except (ValueError, TypeError) as error:
-        raise SecateurError(f"{path} is damaged ({error}): delete {staging}, and begin anew") from None
+    found = _rows(path, Probe)
     known = {(p.layer, p.by, p.value) for p in found}
-    with disk(staging):
-        path.write_text("".join(lines), encoding="utf-8")
     number, count = 0, len(CUTS) * len(case.plan.settings)
     for setting in case.plan.settings:
         layer = setting.layer.name
@@ -358,15 +368,40 @@ def _scan(
         probes = probe(case.model, setting, cuts, batches, dense, tick)
         number += len(cuts)
         found += probes
-        with disk(staging), path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(asdict(entry)) + "\n" for entry in probes)
+        _add(path, probes)
     progress("scan", count, count, "done")
     return found
+
+
+def _rows(path: Path, kind: Callable[..., Any]) -> list[Any]:
+    """What an earlier run has written. Half a line, which a killed one may have left, is cut off."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    whole = [line for line in lines if line.endswith(b"\n")]
+    try:
+        found = [kind(**json.loads(line)) for line in whole]
+    except (ValueError, TypeError) as error:
+        raise _damaged(path, error) from None
+    if whole != lines:
+        with disk(path.parent):
+            partial = path.with_name(f"{path.name}.partial")
+            partial.write_bytes(b"".join(whole))
+            os.replace(partial, path)
+    return found
+
+
+def _damaged(path: Path, why: Any) -> SecateurError:
+    return SecateurError(f"{path} is damaged ({why}): delete {path.parent}, and begin anew")
+
+
+def _add(path: Path, entries: Sequence[Any]) -> None:
+    with disk(path.parent), path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(asdict(entry)) + "\n" for entry in entries)
 
 
 def _allocations(
     case: Case,
     wanted: Strategy,
+    staging: Path,
     probes: Sequence[Probe],
     sizes: Mapping[str, int],
     batches: list[tuple[Tensor, Tensor]],
@@ -374,10 +409,12 @@ def _allocations(
     progress: Progress,
 ) -> list[Allocated]:
     """The whole model at some sparsities, by every allocation."""
-    norms = case.norm_batches(64)
-    found = []
+    norms, path = case.norm_batches(64), staging / SPREADS
     grid = list(itertools.product(TARGETS, ALLOCATIONS))
-    for number, (target, allocation) in enumerate(grid):
+    found = _rows(path, Allocated)
+    if [entry.allocation for entry in found] != [name for _, name in grid[: len(found)]]:
+        raise _damaged(path, "its lines are not in order")
+    for number, (target, allocation) in list(enumerate(grid))[len(found) :]:
         progress("allocate", number, len(grid), f"{allocation} {target:.0%}")
         model = copy.deepcopy(case.model)
         recipe = allocation_recipe(wanted, allocation, target, probes, sizes)
@@ -386,6 +423,7 @@ def _allocations(
         settle_(model, norms, lambda model=model: lost(dense, answers(model, batches)).kl)
         given = answers(model, batches)
         found.append(Allocated(allocation, masks.sparsity, given.top1.value, lost(dense, given).kl))
+        _add(path, found[-1:])
     progress("allocate", len(grid), len(grid), "done")
     return found
 
@@ -406,25 +444,35 @@ def allocation_recipe(
     return method("magnitude", sparsity=target, overrides=overrides, protect=protect)
 
 
+def _reaches(model: nn.Module, recipe: Recipe) -> bool:
+    """Whether an allocation goes as far as the recipe asks."""
+    try:
+        _check_reachable(model, make_plan(model, recipe))
+    except SecateurError:
+        return False
+    return True
+
+
 def _decide(
+    model: nn.Module,
     wanted: Strategy,
     allocated: Sequence[Allocated],
     probes: Sequence[Probe],
     sizes: Mapping[str, int],
 ) -> Strategy:
-    """The allocation whose KL has the lowest ranks over the sparsities."""
-    chosen = best_allocation(allocated)
+    """The allocation whose KL has the lowest ranks over the sparsities, of those that reach the target."""
     target = wanted.sparsity if wanted.sparsity is not None else 0.95
-    recipe = allocation_recipe(wanted, chosen, target, probes, sizes)
+    recipes = {name: allocation_recipe(wanted, name, target, probes, sizes) for name in ALLOCATIONS}
+    recipe = recipes[best_allocation(allocated, [name for name in ALLOCATIONS if _reaches(model, recipes[name])])]
     changed = {key: getattr(recipe, key) for key in ("allocation", "overrides", "protect")}
     return wanted.model_copy(update=changed)
 
 
-def best_allocation(allocated: Sequence[Allocated]) -> str:
-    """By the mean of its ranks; of equals the first of ALLOCATIONS."""
+def best_allocation(allocated: Sequence[Allocated], able: Sequence[str] = ALLOCATIONS) -> str:
+    """By the mean of its ranks; of equals the first one that is able."""
     per_target = [allocated[i : i + len(ALLOCATIONS)] for i in range(0, len(allocated), len(ALLOCATIONS))]
     ranks: dict[str, float] = dict.fromkeys(ALLOCATIONS, 0.0)
     for group in per_target:
         for rank, entry in enumerate(sorted(group, key=lambda a: a.kl)):
             ranks[entry.allocation] += rank
-    return min(ALLOCATIONS, key=lambda name: ranks[name])
+    return min(able, key=lambda name: ranks[name])

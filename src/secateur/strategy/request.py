@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from secateur.data.images import Images, load_images, parts
+from secateur.data.images import IN_MEMORY, Images, load_images, parts
 from secateur.errors import SecateurError
 from secateur.recipe import METHODS, Part, Recipe, known_method, validate
 from secateur.recover import Settings
@@ -32,13 +32,16 @@ class Source(Part):
 
 
 class Rounds(Part):
-    """keep: share of what is left that each round keeps. bisect: trials between the last round that held and the first
-    that did not.
+    """keep: share of what is left that each round keeps. rewind: of the learning rate alone, or the weights that are left,
+    too, to those of the file `to`, such as an early step's; by default to those that were given. bisect: trials between
+    the last round that held and the first that did not. tensorboard: events of every training beside its log.
     """
 
     keep: float = Field(0.8, gt=0, lt=1)
     rewind: Literal["weights", "learning-rate"] = "learning-rate"
+    to: Path | None = None
     bisect: int = Field(2, ge=0)
+    tensorboard: bool = False
 
 
 class Stop(Part):
@@ -88,6 +91,8 @@ def make_strategy(values: Mapping[str, Any], where: str = "recipe") -> Strategy:
     if wanted.training is not None:
         raise SecateurError(f"{where}: masks stay as they are within a round: drop `training`")
     check_rewind(wanted.rounds.rewind, wanted.rounds.keep, wanted.recipe)
+    if wanted.rounds.to is not None and wanted.rounds.rewind != "weights":
+        raise SecateurError(f"{where}: rounds.to says what weights go back to, and they stay: set rewind to weights")
     return wanted
 
 
@@ -97,6 +102,12 @@ class Sets:
 
     test: Images
     train: Images
+
+    @property
+    def kept(self) -> int:
+        """Bytes of the pixels that are decoded once and kept."""
+        sizes = [len(images) * images.read([0]).nbytes for images in (self.test, self.train)]
+        return sum(size for size in sizes if size <= IN_MEMORY)
 
 
 def read_sets(source: Source) -> Sets:
@@ -127,6 +138,13 @@ def read_sets(source: Source) -> Sets:
         raise SecateurError(f"too few images: {len(train)} to train on, {len(test)} to measure on")
     test = test if source.images is None else test.sample(source.images, 0)
     return Sets(test, train if source.train_images is None else train.sample(source.train_images, 0))
+
+
+def check_apart(out: Path, source: Source) -> None:
+    """Raises SecateurError where what is written would lie among the images, and be read as a class the next time."""
+    for path in (source.source, source.train):
+        if path is not None and path.is_dir() and path.resolve() in out.resolve().parents:
+            raise SecateurError(f"{out} would be in {path}, among the images: say where else (--out)")
 
 
 def _check_classes(test: Images, train: Images) -> None:

@@ -27,10 +27,11 @@ from secateur.module import fresh, open_weights
 from secateur.pipeline import check_out
 from secateur.probe import TOLERANCE, answer, difference
 from secateur.recover import finetune_, settle_
-from secateur.recover.finetune import CHECKPOINT, LOG, Diverged, disk
+from secateur.recover.finetune import CHECKPOINT, EVENTS, LOG, Diverged
+from secateur.state import LOCK, alone, begun, disk
 from secateur.strategy import pages
 from secateur.strategy.propose import IMAGES, Case, examine
-from secateur.strategy.request import Strategy
+from secateur.strategy.request import Strategy, check_apart
 from secateur.stream.checkpoint import DTYPES
 from secateur.training.masks import Masks, named
 from secateur.training.moment import deviations
@@ -102,7 +103,9 @@ class Outcome:
 
 @dataclass
 class _Work:
-    """Rounds that are under way. sample: what batch norms are settled by, and the dense model's answers to it."""
+    """Rounds that are under way. sample: what batch norms are settled by, and the dense model's answers to it; beginning:
+    what weights are rewound to, where they are.
+    """
 
     wanted: Strategy
     case: Case
@@ -110,6 +113,7 @@ class _Work:
     dense: Answers
     sample: tuple[list[tuple[Tensor, Tensor]], Answers]
     reference: nn.Module
+    beginning: dict[str, Tensor] | None
     progress: Progress
     trials: list[Trial] = field(default_factory=list)
     best: int = -1
@@ -131,28 +135,30 @@ def run_rounds(
     """
     started = time.perf_counter()
     check_out(wanted.weights, out)
+    check_apart(out, wanted.data)
     case = case or examine(wanted, device)
     folder = out.with_name(f"{out.name}.partial")
     key = _key(wanted, case)
     trials, best = _begin(folder, key, resume)
-    reference = fresh(case.make, case.weights, "auto", device)
-    progress("measure", 0, 1, "the dense model")
-    dense = answers(reference, case.sets.test.batches(BATCH, device))
-    batches = case.batches(IMAGES)
-    sample = (batches, answers(reference, batches))
-    work = _Work(wanted, case, folder, dense, sample, reference, progress, trials, best)
-    earlier = sum(trial.seconds for trial in trials)
-    ended = _all(work, key)
-    outcome = Outcome(
-        wanted,
-        described(dense),
-        costs(reference, _example(case)).as_dict(),
-        work.trials,
-        work.best,
-        ended,
-        seconds=time.perf_counter() - started + earlier,
-    )
-    _finish(work, outcome, out)
+    with alone(folder):
+        reference = fresh(case.make, case.weights, "auto", device)
+        progress("measure", 0, 1, "the dense model")
+        dense = answers(reference, case.sets.test.batches(BATCH, device))
+        batches = case.batches(IMAGES)
+        sample = (batches, answers(reference, batches))
+        work = _Work(wanted, case, folder, dense, sample, reference, _beginning(wanted, case), progress, trials, best)
+        earlier = sum(trial.seconds for trial in trials)
+        ended = _all(work, key)
+        outcome = Outcome(
+            wanted,
+            described(dense),
+            costs(reference, _example(case)).as_dict(),
+            work.trials,
+            work.best,
+            ended,
+            seconds=time.perf_counter() - started + earlier,
+        )
+        _finish(work, outcome, out)
     return outcome
 
 
@@ -188,24 +194,11 @@ def _round(work: _Work, key: dict[str, Any], place: float) -> Trial:
         return known
     number = len(work.trials)
     started = time.perf_counter()
-    wanted, case = work.wanted, work.case
+    case = work.case
     model, masks = _cut(work, place)
-    as_cut, cut_given = copy.deepcopy(model.state_dict()), _answers(work, model) if place > 0 else work.dense
-    cut_loss = lost(work.dense, cut_given)
-    before = described(cut_given, cut_loss) if place > 0 else {}
-    try:
-        _train(work, model, masks, number)
-        as_stored_(model, case)
-    except Diverged as error:
-        if place == 0:
-            raise
-        return _diverged(work, key, number, place, masks, before, model, str(error))
-    given = _answers(work, model)
-    loss = lost(work.dense, given)
-    verdict = _verdict(wanted, loss) if place > 0 else "holds"
-    if not _held(verdict) and _held(left := _verdict(wanted, cut_loss)):
-        model.load_state_dict(as_cut)
-        given, loss, verdict = cut_given, cut_loss, f"{left}, left as it was cut: once trained, {verdict}"
+    as_cut = _answers(work, model) if place > 0 else work.dense
+    given, verdict = _trained(work, model, masks, number, as_cut)
+    before = described(as_cut, lost(work.dense, as_cut)) if place > 0 else {}
     example = _example(case)
     times = latency({"dense": work.reference, "pruned": model}, example)
     now = {f"dense_{k}": v for k, v in times["dense"].items()} | times["pruned"]
@@ -215,7 +208,7 @@ def _round(work: _Work, key: dict[str, Any], place: float) -> Trial:
         place,
         masks.sparsity,
         verdict,
-        described(given, loss),
+        described(given, lost(work.dense, given)),
         {key: before.get(key) for key in ("top1", "drop", "kl")},
         found,
         now,
@@ -225,14 +218,38 @@ def _round(work: _Work, key: dict[str, Any], place: float) -> Trial:
     return trial
 
 
+def _trained(work: _Work, model: nn.Module, masks: Masks, number: int, before: Answers) -> tuple[Answers, str]:
+    """Train the model of a round, or leave it as it was cut where that held and training breaks it. Returns its answers,
+    and whether they hold. before: the answers as it was cut.
+    """
+    wanted, weights = work.wanted, copy.deepcopy(model.state_dict())
+    given = None
+    try:
+        _train(work, model, masks, number)
+        as_stored_(model, work.case)
+        given = _finite_answers(work, model)
+        verdict = _verdict(wanted, lost(work.dense, given)) if masks.keep else "holds"
+    except Diverged as error:
+        if not masks.keep:
+            raise
+        verdict = f"training diverged: {str(error).splitlines()[0]}"
+    left = _verdict(wanted, lost(work.dense, before))
+    if given is not None and (_held(verdict) or not _held(left)):
+        return given, verdict
+    model.load_state_dict(weights)
+    return before, f"{left}, left as it was cut: once trained, {verdict}" if _held(left) else verdict
+
+
 def _cut(work: _Work, place: float) -> tuple[nn.Module, Masks]:
-    """The best model so far, cut on to a place, batch norms settled; at 0 as it was given."""
+    """The best model so far, cut on to a place and rewound, batch norms settled; at 0 all of it."""
     model, wanted, case = _start(work), work.wanted, work.case
+    masks = Masks({})
+    if place > 0:
+        masks = cut(model, wanted.recipe, _there(model, case), place, deviations(work.reference, case.plan))
+    if work.beginning is not None:
+        model.load_state_dict(work.beginning)
     if place == 0:
-        return model, Masks({})
-    masks = cut(model, wanted.recipe, _there(model, case), place, deviations(work.reference, case.plan))
-    if wanted.rounds.rewind == "weights":
-        model.load_state_dict(work.reference.state_dict())
+        return model, masks
     masks.apply_(model)
     batches, dense = work.sample
     settle_(model, case.norm_batches(BATCH), lambda: lost(dense, answers(model, batches)).kl)
@@ -240,22 +257,12 @@ def _cut(work: _Work, place: float) -> tuple[nn.Module, Masks]:
     return model, masks
 
 
-def _diverged(
-    work: _Work,
-    key: dict[str, Any],
-    number: int,
-    place: float,
-    masks: Masks,
-    before: dict[str, Any],
-    model: nn.Module,
-    why: str,
-) -> Trial:
-    """A round that failed in training, with what was measured before it."""
-    first = why.splitlines()[0]
-    found = costs(model, _example(work.case)).as_dict()
-    trial = Trial(number, place, masks.sparsity, f"training diverged: {first}", before, before, found, {}, 0.0)
-    _note(work, key, trial, model)
-    return trial
+def _beginning(wanted: Strategy, case: Case) -> dict[str, Tensor] | None:
+    """What weights are rewound to."""
+    if wanted.rounds.rewind != "weights":
+        return None
+    weights = case.weights if wanted.rounds.to is None else open_weights(wanted.rounds.to)
+    return fresh(case.make, weights, "auto", case.device).state_dict()
 
 
 def as_stored_(model: nn.Module, case: Case) -> None:
@@ -271,9 +278,7 @@ def as_stored_(model: nn.Module, case: Case) -> None:
 
 def _start(work: _Work) -> nn.Module:
     """The best model so far. The first cut starts from the dense one, as it was given."""
-    model = fresh(work.case.make, work.case.weights, "auto", work.case.device)
-    for parameter in model.parameters():
-        parameter.requires_grad_(parameter.is_floating_point())
+    model = fresh(work.case.make, work.case.weights, "auto", work.case.device, frozen=False)
     if work.best > 0:
         model.load_state_dict(load_file(work.folder / f"best-{work.best}.safetensors", device=work.case.device))
     return model
@@ -303,6 +308,7 @@ def _train(work: _Work, model: nn.Module, masks: Masks, number: int) -> None:
         teacher=work.reference if settings.distil else None,
         folder=work.folder / f"round-{number}",
         resume=True,
+        tensorboard=wanted.rounds.tensorboard,
         progress=lambda stage, done, of, detail: work.progress(stage, done, of, f"round {number}, {detail}"),
     )
     masks.apply_(model)
@@ -310,6 +316,14 @@ def _train(work: _Work, model: nn.Module, masks: Masks, number: int) -> None:
 
 def _answers(work: _Work, model: nn.Module) -> Answers:
     return answers(model, work.case.sets.test.batches(BATCH, work.case.device))
+
+
+def _finite_answers(work: _Work, model: nn.Module) -> Answers:
+    """Those of a model that was trained. Raises Diverged."""
+    try:
+        return _answers(work, model)
+    except SecateurError as error:  # of weights that are finite, and answers that are not
+        raise Diverged(f"{error}: lower lr") from None
 
 
 def _verdict(wanted: Strategy, loss: Loss) -> str:
@@ -347,12 +361,13 @@ def _goal(wanted: Strategy, trial: Trial) -> str:
 
 
 def _key(wanted: Strategy, case: Case) -> dict[str, Any]:
-    file = case.weights.folder / case.weights.shards[0]
+    files = [case.weights.folder / case.weights.shards[0], *([wanted.rounds.to] if wanted.rounds.to else [])]
+    stats = [file.stat() for file in files]
     return json.loads(
         json.dumps(
             {
                 "recipe": wanted.model_dump(mode="json", exclude={"out"}),
-                "weights": [file.stat().st_size, file.stat().st_mtime_ns],
+                "weights": [[stat.st_size, stat.st_mtime_ns] for stat in stats],
                 "images": case.images_key(),
                 "versions": environment(),
             }
@@ -369,7 +384,7 @@ def _begin(folder: Path, key: dict[str, Any], resume: bool) -> tuple[list[Trial]
         return [], -1
     if not resume:
         raise SecateurError(f"{folder} is what a run that was stopped has left: go on with --resume, or delete it")
-    if not any(folder.iterdir()):  # killed before anything was written
+    if not begun(folder):
         with disk(folder):
             _write_state(folder, key, -1, [])
         return [], -1
@@ -450,10 +465,13 @@ def _finish(work: _Work, outcome: Outcome, out: Path) -> None:
         logs.mkdir(exist_ok=True)
         for log in sorted(work.folder.glob(f"round-*/{LOG}")):
             shutil.copyfile(log, logs / f"{log.parent.name}.jsonl")
+        for events in sorted(work.folder.glob(f"round-*/{EVENTS}")):
+            (logs / events.parent.name).mkdir(exist_ok=True)
+            shutil.copy(events, logs / events.parent.name)
         os.replace(work.folder, out)  # it is whole now; what follows only tidies up
         for folder in out.glob("round-*"):
             shutil.rmtree(folder)
-        for left in (*out.glob("best-*.safetensors"), out / STATE):
+        for left in (*out.glob("best-*.safetensors"), out / STATE, out / LOCK):
             left.unlink(missing_ok=True)
 
 
