@@ -287,14 +287,15 @@ def training_methods() -> str:
 
 
 def training_gradual() -> str:
-    """ResNet-56, gradually, beside the dense net trained equally."""
+    """ResNet-56, gradually or solved for first, beside the dense net trained equally."""
     rows = [row for row in _lines("training.jsonl") if row["part"] == "gradual"]
-    found = {(row["sparsity"], row["distil"]): row["accuracy"] for row in rows}
-    lines = [_row(["sparsity", "labels alone", "the dense checkpoint as a teacher"]), _row(["---"] * 3)]
+    found = {(row["name"], row["distil"], row["sparsity"]): row["accuracy"] for row in rows}
+    lines = [_row(["sparsity", *WAYS.values()]), _row(["---"] * (1 + len(WAYS)))]
     for sparsity in sorted({row["sparsity"] for row in rows}):
         cells = []
-        for distil in (0.0, 0.7):
-            own, dense = found.get((sparsity, distil)), found.get((0.0, distil))
+        for name, distil in WAYS:
+            dense = found.get(("dense", distil, 0.0))
+            own = found.get((name, distil, sparsity)) if sparsity else dense
             if own is None or dense is None:
                 cells.append("")
             else:
@@ -344,6 +345,11 @@ ONESHOT = {
     "global-magnitude": "magnitude, allocation global",
 }
 METHODS = {"dense": "dense, trained equally", "static": "static (magnitude)", "random": "static (a random mask)"}
+WAYS = {  # of the gradual part: the name of a cell, and the teacher's share of the loss
+    ("gradual", 0.0): "gradual, labels alone",
+    ("gradual", 0.7): "gradual, the dense checkpoint as a teacher",
+    ("solved", 0.7): "solved for in stages, then held; the same teacher",
+}
 SHARES = (0.1, 0.2, 0.3)
 NAMES = {"depth": "whole blocks", "sublayers": "attention, MLPs", "width": "hidden width, activation"}
 
