@@ -162,7 +162,9 @@ def _here_on_path() -> Iterator[None]:
 def fresh(
     make: Callable[[], nn.Module], weights: Checkpoint, dtype: str, device: str, *, frozen: bool = True
 ) -> nn.Module:
-    """The module with the file's weights, in eval mode; frozen, or to be trained as far as `make` lets it be."""
+    """The module with the file's weights, in eval mode; frozen, or to be trained but for what `make` froze, unless that is
+    all of it.
+    """
     name = getattr(make, "__name__", str(make))
     try:
         with _here_on_path():
@@ -173,7 +175,12 @@ def fresh(
         raise SecateurError(f"{name}() returned a {type(module).__name__}; expected a torch.nn.Module")
     _load(module, weights)
     module = module.to(device) if dtype == "auto" else module.to(device, getattr(torch, dtype))
-    return module.eval().requires_grad_(False) if frozen else module.eval()
+    if frozen:
+        module.requires_grad_(False)
+    elif not any(parameter.requires_grad for parameter in module.parameters()):
+        for parameter in module.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
+    return module.eval()
 
 
 def _load(module: nn.Module, weights: Checkpoint) -> None:

@@ -1,4 +1,6 @@
-"""Tensors and numbers that a run goes on from: one safetensors file, whole or not there. Never a pickle."""
+"""What a run goes on from: tensors and numbers in one safetensors file, whole or not there, never a pickle; and a folder
+that nobody else writes to.
+"""
 
 from __future__ import annotations
 
@@ -81,7 +83,9 @@ def locked(file: IO[bytes]) -> bool:
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
     """Raises SecateurError where another run writes to the folder."""
-    with (folder / LOCK).open("ab") as file:
+    with disk(folder):
+        file = (folder / LOCK).open("ab")
+    with file:
         if not locked(file):
             raise SecateurError(f"another run is writing to {folder}; wait for it, or choose another --out")
         yield

@@ -67,7 +67,7 @@ def test_a_teacher_is_matched_by_the_loss_of_the_paper():
     model, teacher = tiny().eval(), tiny(1)
     settings = Settings(distil=0.3, temperature=4.0)
     run = finetune._Run(model, torch.optim.SGD(model.parameters()), None, settings, 1, None, [])
-    found = finetune._loss(run, (X, Y), X.device, teacher.eval()).detach()
+    found = finetune._loss(run, (X, Y), X.device, teacher.eval(), check=True).detach()
     p, q = (m(X).detach().double() / 4 for m in (teacher, model))
     kl = (p.softmax(1) * (p.log_softmax(1) - q.log_softmax(1))).sum(1).mean()
     hard = nn.functional.cross_entropy(model(X).detach().double(), Y)
@@ -277,3 +277,9 @@ def test_a_log_that_a_killed_run_did_not_write_is_written_when_it_goes_on(tmp_pa
     whole, other = ((tmp_path / name / "log.jsonl").read_text().splitlines() for name in ("whole", "killed"))
     assert [json.loads(line)["loss"] for line in other] == [json.loads(line)["loss"] for line in whole]
     assert len(other) == 2
+
+
+def test_events_of_somebody_else_stay(tmp_path):
+    (tmp_path / "events.out.tfevents.1.mine").write_text("mine")
+    finetune_(tiny(), epochs(), Settings(epochs=1), folder=tmp_path)
+    assert (tmp_path / "events.out.tfevents.1.mine").read_text() == "mine"

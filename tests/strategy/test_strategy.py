@@ -817,6 +817,39 @@ def test_weights_are_rewound_to_those_of_an_early_step(here):
     assert outcome.trials[0].measures["top1"] < 0.6  # trained as little, from the same step
 
 
+@pytest.mark.parametrize("frozen", ["model[:8]", "model"])
+def test_a_frozen_backbone_is_cut_and_a_model_that_is_frozen_whole_is_trained(here, tmp_path, frozen):
+    name = f"backbone{len(frozen)}"
+    (here / f"pack/{name}.py").write_text(
+        "from pack import nets\n\n"
+        f"def conv():\n    model = nets.conv()\n    {frozen}.requires_grad_(False)\n    return model\n"
+    )
+    wanted = values(here, build=f"pack.{name}:conv", sparsity=0.5, rounds={"keep": 0.5})
+    outcome = run_rounds(make_strategy(wanted), tmp_path / "out", progress=quiet)
+    given, found = load_file(here / "w.safetensors"), load_file(tmp_path / "out/model.safetensors")
+    kept = found["2.weight"] != 0
+    assert outcome.kept.sparsity == pytest.approx(0.5, abs=0.01)
+    assert torch.equal(found["2.weight"][kept], given["2.weight"][kept]) == (frozen != "model")
+    assert not torch.equal(found["8.bias"], given["8.bias"])
+
+
+def test_an_image_that_cannot_be_read_is_no_divergence(here, tmp_path, monkeypatch):
+    real = rounds._train
+
+    def unreadable(work, model, masks, number):
+        real(work, model, masks, number)
+        if number == 1:
+            monkeypatch.setattr(rounds, "_answers", broken)
+
+    def broken(work, model):
+        raise SecateurError("a.png is no image that can be read")
+
+    monkeypatch.setattr(rounds, "_train", unreadable)
+    with pytest.raises(SecateurError, match="no image that can be read"):
+        run_rounds(make_strategy(values(here, sparsity=0.5)), tmp_path / "out", progress=quiet)
+    assert len(json.loads((tmp_path / "out.partial/state.json").read_text())["trials"]) == 1
+
+
 def test_to_without_weights_that_are_rewound_is_a_mistake(here):
     with pytest.raises(SecateurError, match=r"rounds\.to says what weights go back to, and they stay"):
         make_strategy(values(here, rounds={"to": "early.safetensors"}))
@@ -1045,9 +1078,10 @@ def test_an_allocation_that_does_not_reach_the_target_is_not_chosen(home, looked
     case = looked.case
     probes = [Probe(s.layer.name, by, v, 0.9, v, 0.0, 0.0) for s in case.plan.settings for by, v in CUTS]
     sizes = {s.layer.name: s.layer.shape[0] * s.layer.shape[1] for s in case.plan.settings}
-    for target, chosen in ((0.9, "lamp"), (0.99, "uniform")):
+    for target, chosen in ((0.9, "lamp"), (0.99, "measured"), (0.995, "uniform")):
         wanted = make_strategy(values(home, sparsity=target))
-        assert proposing._decide(case.model, wanted, allocated, probes, sizes).allocation == chosen
+        found = proposing._decide(case.model, wanted, allocated, probes, sizes)
+        assert ("measured" if found.overrides else found.allocation) == chosen
 
 
 @pytest.mark.parametrize("name", ["key.json.partial", "state.json.partial"])

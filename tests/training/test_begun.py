@@ -412,7 +412,7 @@ def test_a_new_pruner_that_fails_leaves_the_old_one_at_work():
 
 
 def test_a_run_does_not_go_on_with_another_recipe():
-    for other in ({"sparsity": 0.3}, {"granularity": "row"}, {"allocation": "global"}):
+    for other in ({"sparsity": 0.3}, {"granularity": "row"}, {"allocation": "global"}, {"seed": 5}):
         model = net()
         state = Pruner(model, RECIPE, sgd(model), 10).state_dict()
         changed = secateur.method("magnitude", **({"sparsity": 0.8, "protect": ("4",)} | other))

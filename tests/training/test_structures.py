@@ -287,3 +287,43 @@ def test_units_that_come_back_have_the_weights_that_they_had_and_learn(how, tmp_
     assert resumed.masks.digest() == pruner.masks.digest()
     for one, two in zip(model.parameters(), again.parameters(), strict=True):
         assert torch.equal(one, two)
+
+
+def test_a_float32_model_is_cut_while_it_has_gradients():
+    """As after the last step of any loop."""
+    model = residual().float()
+    structures = Structures(model, X[:2].float(), remove={"channels": 0.5})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    Pruner(model, structures, optimizer, 4, every=2)
+    for _ in range(4):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(X.float()), Y).backward()
+        optimizer.step()
+    model.eval()
+    masked = model(X.float()).detach()
+    structures.finish_()
+    torch.testing.assert_close(model(X.float()), masked, rtol=0, atol=1e-4)
+    for parameter in model.parameters():
+        assert parameter.grad is None or parameter.grad.shape == parameter.shape
+
+
+def test_states_of_other_structures_are_refused_and_those_that_are_cut():
+    def pruner(share: float, model: nn.Module) -> Pruner:
+        structures = Structures(model, X[:2], remove={"channels": share})
+        return Pruner(model, structures, torch.optim.SGD(model.parameters(), lr=0.05), 4, schedule="cyclic", every=1)
+
+    model = residual()
+    state = pruner(0.5, model).state_dict()
+    other = pruner(0.25, residual())
+    with pytest.raises(SecateurError, match="another training's: remove was"):
+        other.load_state_dict(state)
+    assert other.step == 0
+    same = pruner(0.5, residual())
+    same.load_state_dict(state)
+    structures = Structures(model, X[:2], remove={"channels": 0.5})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    Pruner(model, structures, optimizer, 2, every=1)
+    fit(model, 2, optimizer)
+    structures.finish_()
+    with pytest.raises(SecateurError, match="are cut already"):
+        Pruner(model, structures, torch.optim.SGD(model.parameters(), lr=0.05), 4)

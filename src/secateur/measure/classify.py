@@ -84,9 +84,13 @@ class Loss:
     class_drops: tuple[float, ...]
 
 
+class NotFinite(SecateurError):
+    """A model whose answers are no numbers."""
+
+
 def answers(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Answers:
-    """Of a model on (inputs, labels), in eval mode. Raises SecateurError where labels are not those of its classes, or an
-    answer is no number.
+    """Of a model on (inputs, labels), in eval mode. Raises SecateurError where labels are not those of its classes, and
+    NotFinite where an answer is no number.
     """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -105,7 +109,7 @@ def answers(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Answe
     given = Answers(torch.cat(logits), torch.cat(labels))
     check_labels(given.logits, given.labels)
     if not bool(torch.isfinite(given.logits).all()):
-        raise SecateurError("the model answers with NaN or infinity on these images")
+        raise NotFinite("the model answers with NaN or infinity on these images")
     return given
 
 

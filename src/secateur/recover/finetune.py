@@ -107,6 +107,7 @@ class _Run:
     steps: int  # of an epoch
     folder: Path | None
     history: list[Epoch]
+    first: int = 0  # epoch of this process
 
 
 def finetune_(
@@ -130,8 +131,8 @@ def finetune_(
     arXiv:1503.02531). evaluate: after each epoch, in eval mode. folder: gets log.jsonl, and after each epoch a checkpoint
     that replaces the one before; resume: go on from it, to the last bit. tensorboard: events there, too.
 
-    Raises SecateurError when the loss is no number, labels are out of range, the checkpoint is another model's, or the disk
-    is full; the last checkpoint is whole then.
+    Raises SecateurError when the loss is no number, labels are out of range (-100 is), the checkpoint is another model's,
+    or the disk is full; the last checkpoint is whole then.
     """
     settings = settings or Settings.model_validate({})
     if settings.distil and teacher is None:
@@ -156,9 +157,11 @@ def finetune_(
     elif where is not None:
         with disk(where):
             where.mkdir(parents=True, exist_ok=True)
-            for left in (where / LOG, where / CHECKPOINT, *where.glob(EVENTS)):  # of another run, none of this one
+            events = where.glob(EVENTS) if tensorboard else ()
+            for left in (where / LOG, where / CHECKPOINT, *events):  # of another run, that this one must not go on from
                 left.unlink(missing_ok=True)
     writer = _writer(where) if tensorboard and where is not None else None
+    run.first = len(run.history)
     try:
         for number in range(len(run.history), settings.epochs):
             run.history.append(_epoch(run, batches, number, teacher, evaluate, progress))
@@ -189,7 +192,7 @@ def _epoch(
         lr = rate(settings, (done + step) / (settings.epochs * run.steps))
         for group in run.optimizer.param_groups:
             group["lr"] = lr
-        loss = _loss(run, batch, device, teacher)
+        loss = _loss(run, batch, device, teacher, check=number == run.first)
         run.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         try:
@@ -232,12 +235,13 @@ def optimizer_of(model: nn.Module, settings: Settings) -> Optimizer:
     return torch.optim.AdamW(groups, lr=settings.lr)
 
 
-def _loss(run: _Run, batch: Any, device: torch.device, teacher: nn.Module | None) -> Tensor:
+def _loss(run: _Run, batch: Any, device: torch.device, teacher: nn.Module | None, check: bool) -> Tensor:
     inputs, labels = _apart(batch, device)
     settings = run.settings
     with torch.autocast(labels.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
         logits = answer(call(run.model, inputs)).float()
-        check_labels(logits, labels)
+        if check:  # where they are on a GPU, it waits for them
+            check_labels(logits, labels)
         loss = F.cross_entropy(logits, labels)
         if teacher is None or not settings.distil:
             return loss

@@ -415,9 +415,9 @@ def _cost_row(trial: Trial) -> tuple[str, ...]:
         _short(c["packed"]),
         _short(c["nnz_macs"]),
         f"{c['dead_channels']} of {c['channels']:,}",
-        f"{ms['p50_1']:.2f}, {ms['p95_1']:.2f}" if ms else "",
-        f"{ms['p50_32']:.1f}, {ms['p95_32']:.1f}" if ms else "",
-        f"{ms['dense_p50_1']:.2f}, {ms['dense_p50_32']:.1f}" if ms else "",
+        f"{ms['p50_1']:.2f}, {ms['p95_1']:.2f}",
+        f"{ms['p50_32']:.1f}, {ms['p95_32']:.1f}",
+        f"{ms['dense_p50_1']:.2f}, {ms['dense_p50_32']:.1f}",
     )
 
 

@@ -160,6 +160,8 @@ def examine(wanted: Strategy, device: str) -> Case:
     Epochs(sets.train, wanted.finetune.batch, augment=wanted.finetune.augment)  # mistakes show now
     optimizer_of(model, wanted.finetune)
     if wanted.rounds.to is not None:
+        if not wanted.rounds.to.is_file():
+            raise SecateurError(f"rounds.to: there is no file {wanted.rounds.to}; expected an early step's safetensors")
         fresh(make, open_weights(wanted.rounds.to), "auto", device)
     if wanted.rounds.tensorboard:
         check_tensorboard()
@@ -234,7 +236,7 @@ def expect(case: Case, wanted: Strategy, images: int) -> Expected:
         one * (trained + 2 * test + norms + 4 * IMAGES + 2 * TIMED),
         len(progresses(wanted.recipe, wanted.rounds.keep)) + wanted.rounds.bisect,
         test_memory + max(stored + scores, min(seen.all, LIMIT)),
-        test_memory + 4 * stored + max(scores, backward),
+        test_memory + (5 if wanted.rounds.to else 4) * stored + max(scores, backward),
         len(CUTS) * len(layers),
     )
 
@@ -444,8 +446,11 @@ def allocation_recipe(
     return method("magnitude", sparsity=target, overrides=overrides, protect=protect)
 
 
-def _reaches(model: nn.Module, recipe: Recipe) -> bool:
+def _reaches(model: nn.Module, recipe: Recipe, sizes: Mapping[str, int]) -> bool:
     """Whether an allocation goes as far as the recipe asks."""
+    if recipe.overrides:  # measured: of every layer
+        gone = sum((override.sparsity or 0.0) * sizes[override.match] for override in recipe.overrides)
+        return gone / sum(sizes.values()) > (recipe.sparsity or 0.0) - 0.002
     try:
         _check_reachable(model, make_plan(model, recipe))
     except SecateurError:
@@ -463,7 +468,8 @@ def _decide(
     """The allocation whose KL has the lowest ranks over the sparsities, of those that reach the target."""
     target = wanted.sparsity if wanted.sparsity is not None else 0.95
     recipes = {name: allocation_recipe(wanted, name, target, probes, sizes) for name in ALLOCATIONS}
-    recipe = recipes[best_allocation(allocated, [name for name in ALLOCATIONS if _reaches(model, recipes[name])])]
+    able = [name for name in ALLOCATIONS if _reaches(model, recipes[name], sizes)]
+    recipe = recipes[best_allocation(allocated, able)]
     changed = {key: getattr(recipe, key) for key in ("allocation", "overrides", "protect")}
     return wanted.model_copy(update=changed)
 

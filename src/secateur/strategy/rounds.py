@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from secateur.card import environment
 from secateur.data.images import Epochs
 from secateur.errors import SecateurError
-from secateur.measure.classify import Answers, Loss, answers, lost
+from secateur.measure.classify import Answers, Loss, NotFinite, answers, lost
 from secateur.measure.classify import as_dict as described
 from secateur.measure.costs import costs, latency
 from secateur.module import fresh, open_weights
@@ -146,7 +146,8 @@ def run_rounds(
         dense = answers(reference, case.sets.test.batches(BATCH, device))
         batches = case.batches(IMAGES)
         sample = (batches, answers(reference, batches))
-        work = _Work(wanted, case, folder, dense, sample, reference, _beginning(wanted, case), progress, trials, best)
+        beginning = _beginning(wanted, case, reference)
+        work = _Work(wanted, case, folder, dense, sample, reference, beginning, progress, trials, best)
         earlier = sum(trial.seconds for trial in trials)
         ended = _all(work, key)
         outcome = Outcome(
@@ -241,7 +242,7 @@ def _trained(work: _Work, model: nn.Module, masks: Masks, number: int, before: A
 
 
 def _cut(work: _Work, place: float) -> tuple[nn.Module, Masks]:
-    """The best model so far, cut on to a place and rewound, batch norms settled; at 0 all of it."""
+    """The best model so far, cut on to a place and rewound, batch norms settled; at 0 just rewound."""
     model, wanted, case = _start(work), work.wanted, work.case
     masks = Masks({})
     if place > 0:
@@ -257,12 +258,13 @@ def _cut(work: _Work, place: float) -> tuple[nn.Module, Masks]:
     return model, masks
 
 
-def _beginning(wanted: Strategy, case: Case) -> dict[str, Tensor] | None:
+def _beginning(wanted: Strategy, case: Case, reference: nn.Module) -> dict[str, Tensor] | None:
     """What weights are rewound to."""
     if wanted.rounds.rewind != "weights":
         return None
-    weights = case.weights if wanted.rounds.to is None else open_weights(wanted.rounds.to)
-    return fresh(case.make, weights, "auto", case.device).state_dict()
+    if wanted.rounds.to is None:
+        return reference.state_dict()
+    return fresh(case.make, open_weights(wanted.rounds.to), "auto", case.device).state_dict()
 
 
 def as_stored_(model: nn.Module, case: Case) -> None:
@@ -300,11 +302,12 @@ def _train(work: _Work, model: nn.Module, masks: Masks, number: int) -> None:
             model, wanted.recipe, optimizer, steps, method="static", masks=masks, start=0.0, end=0.0, every=steps
         )
 
+    trained = {name for name, parameter in named(model) if parameter.requires_grad}
     finetune_(
         model,
         batches,
         settings,
-        prune=hold if masks.keep else None,
+        prune=hold if trained & set(masks.keep) else None,
         teacher=work.reference if settings.distil else None,
         folder=work.folder / f"round-{number}",
         resume=True,
@@ -322,7 +325,7 @@ def _finite_answers(work: _Work, model: nn.Module) -> Answers:
     """Those of a model that was trained. Raises Diverged."""
     try:
         return _answers(work, model)
-    except SecateurError as error:  # of weights that are finite, and answers that are not
+    except NotFinite as error:
         raise Diverged(f"{error}: lower lr") from None
 
 

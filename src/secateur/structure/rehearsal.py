@@ -333,15 +333,16 @@ def enlarged(model: nn.Module, wanted: torch.dtype = torch.float64) -> Iterator[
     if sum(t.numel() for t in tensors.values()) > SMALL or any(t.device.type == "meta" for t in tensors.values()):
         yield dtype
         return
-    before = [(tensor, tensor.data) for tensor in tensors.values()]
+    before = [(tensor, tensor.data, tensor.grad) for tensor in tensors.values()]
     generator = torch.Generator().manual_seed(0)
     try:
-        for tensor, data in before:
+        for tensor, data, _ in before:
+            tensor.grad = None  # it would have another dtype
             tensor.data = data.to(wanted, copy=True)
             if isinstance(tensor, nn.Parameter) and _constant(data):
                 noise = 0.05 * torch.randn(data.shape, generator=generator, dtype=torch.float64)
                 tensor.data += noise.to(data.device, wanted)
         yield wanted
     finally:
-        for tensor, data in before:
-            tensor.data = data
+        for tensor, data, grad in before:
+            tensor.data, tensor.grad = data, grad

@@ -13,6 +13,7 @@ from secateur.recipe import nearest
 from secateur.training.masks import Masks, named
 from secateur.training.methods import METHODS, Method, gradual
 from secateur.training.schedules import SCHEDULES, TURNS
+from secateur.training.structures import Structures
 
 CALIBRATED = frozenset({"squares", "gram", "curvature"})  # statistics that no training step has
 
@@ -55,8 +56,10 @@ def check_turns(schedule: str, length: int, every: int) -> None:
         )
 
 
-def check_structures(name: str, method: Method) -> None:
-    """Raises SecateurError when the method does not go with whole units."""
+def check_structures(structures: Structures, name: str, method: Method) -> None:
+    """Raises SecateurError when the method does not go with whole units, or they are cut already."""
+    if structures.finished:
+        raise SecateurError("the units of these structures are cut already: make new ones of the model as it is now")
     if method.choose is not gradual:
         raise SecateurError(f"whole units go gradually or in turns (ac-dc); the method {name} is for single weights")
 

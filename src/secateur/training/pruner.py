@@ -37,7 +37,7 @@ from secateur.weights.gradients import Loss
 
 REFRESHES = 50  # times that masks are chosen, unless `every` says otherwise
 PARTS = ("masks", "given", "memory")  # of the state, that are tensors
-CHOOSING = frozenset({"criterion", "granularity", "sparsity", "threshold", "allocation", "overrides"})  # of a recipe
+CHOOSING = {"criterion", "granularity", "sparsity", "threshold", "allocation", "overrides", "seed"}  # of a recipe
 
 
 @dataclass(frozen=True)
@@ -117,9 +117,9 @@ class Pruner:
         self._plan = None if isinstance(recipe, Structures) else _planned(model, recipe)
         needs = frozenset() if self._plan is None else self._plan.needs
         self._calibrated = None
-        if self._plan is None:
-            check_structures(method, self._method)
-        else:
+        if structures is not None:
+            check_structures(structures, method, self._method)
+        elif self._plan is not None:
             check_recipe(self._plan, method, model, data)
             if data is not None and (needs or self._plan.recipe.allocation == "owl"):
                 self._calibrated = chooser(_inner(model), self._plan, data, loss)
@@ -130,8 +130,8 @@ class Pruner:
         check_turns(schedule, self._last - self._first, self._every)
         self._way = {"method": method, "schedule": schedule, "total_steps": total_steps, "every": self._every}
         self._way |= {"first": self._first, "last": self._last}
-        if isinstance(recipe, Recipe):
-            self._way |= {key: value for key, value in recipe.model_dump(mode="json").items() if key in CHOOSING}
+        asked = recipe.model_dump(mode="json", include=CHOOSING) if isinstance(recipe, Recipe) else recipe.asked
+        self._way |= asked
         self.masks = (masks or Masks({})).beside(model)
         self._given = self.masks
         remembered = [s.layer.name for s in self._settings] if structures is None else structures.parameters

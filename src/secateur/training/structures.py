@@ -68,6 +68,12 @@ class Structures:
         self.finished = False  # whether the shapes were cut
 
     @property
+    def asked(self) -> dict[str, Any]:
+        """What decides which units go, for JSON."""
+        given = {key: value for key, value in self._request.items() if key not in ("batches", "loss")}
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in given.items()}
+
+    @property
     def parameters(self) -> set[str]:
         """Names of the parameters that lose something."""
         return {part.parameter for coupling in self._asked for part in coupling.slices}
