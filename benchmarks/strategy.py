@@ -73,7 +73,7 @@ CIFAR = [
     "--images=128",
 ]
 CASES = {
-    "resnet56": [*CIFAR, "--epochs=3", "--lr=0.05", "--keep=0.56", "--target=0.9"],
+    "resnet56": [*CIFAR, "--epochs=3", "--lr=0.05", "--keep=0.46", "--target=0.9"],
     "resnet56-short": [*CIFAR, "--epochs=1", "--lr=0.02", "--keep=0.65"],
     "efficientnet": [
         f"--data={SHARED}/data/imagenet_sample/images.npz",
