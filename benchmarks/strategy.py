@@ -127,6 +127,7 @@ def main() -> None:
     row |= {
         "dense": found["dense"]["top1"],
         "allocation": "measured" if found["recipe"]["overrides"] else found["recipe"]["allocation"],
+        "untrained": _untrained(found),
         "scan_seconds": found["seconds"]["scan"],
         "strategy_seconds": found["seconds"]["total"],
         "peak_gb": _peak(),
@@ -143,6 +144,12 @@ def main() -> None:
         row |= {"run_seconds": result["seconds"], "run_peak_gb": _peak()}
     append(OUT, row | {"machine": machine()})
     print(json.dumps(row, indent=1))
+
+
+def _untrained(found: dict) -> dict[str, float]:
+    """Top-1 by target sparsity with the chosen allocation, nothing trained."""
+    name = "measured" if found["recipe"]["overrides"] else found["recipe"]["allocation"]
+    return {f"{a['sparsity']:.2f}": a["top1"] for a in found["allocations"] if a["allocation"] == name}
 
 
 def _peak() -> float:
